@@ -1,0 +1,298 @@
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from factory import AWKWARD_LENGTHS, qkv, random_group
+from factory import groups as random_groups
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import assert_as_good_as, assert_exact
+
+from sami_fast import linear_kl, linear_logprob, ops, pack, prefix_attention, segment_infonce
+from sami_fast.kernels import reference
+from sami_fast.prefix_tree import Group
+
+DTYPES = [torch.float64, torch.float32]
+
+
+def gradients(outputs, inputs, seed=0):
+    """Outputs and gradients of inputs under random upstream gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    return torch.autograd.grad(outputs, inputs, upstream)
+
+
+def compare_attention(packed, q, k, v, **options):
+    sinks = options.get("sinks")
+    inputs = [q, k, v] if sinks is None else [q, k, v, sinks]
+    actual = prefix_attention(q, k, v, packed.plan, **options, return_lse=True)
+    expected = oracle.attention(q, k, v, packed.subtree_end, packed.position_ids, **options)
+    for name, a, e in zip(("out", "lse"), actual, expected, strict=True):
+        assert_exact(a, e, name)
+    pairs = zip(("q", "k", "v", "sinks"), gradients(actual, inputs), gradients(expected, inputs), strict=False)
+    for name, a, e in pairs:
+        assert_exact(a, e, f"grad {name}", slack=4)
+
+
+FEATURES = [
+    dict(zip(("window", "softcap", "sinks", "scale"), values, strict=True))
+    for values in itertools.product((None, 3), (None, 1.5), (False, True), (None, 0.3))
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2)])
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_attention_features(features, heads, dtype):
+    rng = np.random.default_rng(3)
+    packed = pack([random_group(rng, 3, 4), random_group(rng, 2, 2, query_first=False)])
+    q, k, v = qkv(rng, packed.num_tokens, *heads, 8, 12, dtype=dtype)
+    sinks = torch.tensor(rng.standard_normal(heads[0]), dtype=dtype).requires_grad_() if features["sinks"] else None
+    compare_attention(packed, q, k, v, **{**features, "sinks": sinks})
+
+
+@given(st.lists(random_groups(), min_size=1, max_size=2), st.integers(0, 2**32), st.sampled_from([None, 1, 2, 4]))
+def test_attention_on_random_trees(groups, seed, window):
+    rng = np.random.default_rng(seed)
+    packed = pack(groups)
+    compare_attention(packed, *qkv(rng, packed.num_tokens, 4, 2, 4), window=window)
+
+
+@pytest.mark.parametrize("length", AWKWARD_LENGTHS)
+def test_attention_across_block_edges(length, monkeypatch):
+    monkeypatch.setattr(reference, "_SCORE_BYTES", 1)  # 16 rows a block
+    rng = np.random.default_rng(length)
+    query = rng.integers(0, 99, length)
+    prompts = [np.r_[query, rng.integers(0, 99, size)] for size in (1, length)]
+    packed = pack([Group(prompts, [rng.integers(0, 99, size) for size in (2, length + 1)])])
+    q, k, v = qkv(rng, packed.num_tokens, 2, 1, 4)
+    for window in (None, length):
+        compare_attention(packed, q, k, v, window=window)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_16_bit_is_as_good_as_pytorch(dtype):
+    rng = np.random.default_rng(4)
+    packed = pack([random_group(rng, 4, 4, query=40, constitution=20, response=20)])
+    inputs = [t.detach().to(dtype).requires_grad_() for t in qkv(rng, packed.num_tokens, 4, 2, 16)]
+    tokens = torch.arange(packed.num_tokens)
+    visible = (tokens <= tokens[:, None]) & (tokens[:, None] < packed.subtree_end)
+    heads_first = [t.transpose(0, 1) for t in inputs]
+    eager = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=visible, enable_gqa=True)
+    actual = prefix_attention(*inputs, packed.plan)
+    expected = oracle.attention(*inputs, packed.subtree_end, packed.position_ids)[0]
+    triples = zip(
+        (actual, *gradients([actual], inputs)),
+        (eager.transpose(0, 1), *gradients([eager.transpose(0, 1)], inputs)),
+        (expected, *gradients([expected], inputs)),
+        strict=True,
+    )
+    for name, (a, e, x) in zip(("out", "grad q", "grad k", "grad v"), triples, strict=True):
+        assert a.dtype == dtype
+        assert_as_good_as(a, e, x, name)
+
+
+def head(rng, N, H, V, dtype, bias):
+    make = lambda *shape: torch.tensor(rng.standard_normal(shape), dtype=dtype).requires_grad_()  # noqa: E731
+    return make(N, H), make(V, H), torch.tensor(rng.integers(0, V, N)), make(V) if bias else None
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 64 << 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shape", [(1, 3, 1), (37, 8, 101), (5, 4, 50)])
+def test_linear_logprob(shape, frozen, bias, softcap, dtype, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(reference, "_LOGIT_BYTES", chunk_bytes)
+    hidden, weight, labels, bias = head(np.random.default_rng(5), *shape, dtype, bias)
+    inputs = [hidden]
+    for parameter in (weight, bias):
+        if parameter is not None:
+            parameter.requires_grad_(not frozen)
+            inputs += [] if frozen else [parameter]
+    options = dict(bias=bias, logit_scale=0.7, softcap=softcap)
+    actual, expected = (f(hidden, weight, labels, **options) for f in (linear_logprob, oracle.logprob))
+    assert actual.dtype == dtype and (actual <= 0).all()
+    assert_exact(actual, expected, "logprob")
+    names = ("hidden", "weight", "bias")
+    pairs = zip(names, gradients([actual], inputs), gradients([expected], inputs), strict=False)
+    for name, a, e in pairs:
+        assert_exact(a, e, f"grad {name}", slack=4)
+
+
+def test_linear_logprob_of_nearly_certain_and_hopeless_labels():
+    weight = torch.eye(8, dtype=torch.float32, requires_grad=True)
+    hidden = (40.0 * torch.eye(8)[:2]).requires_grad_()
+    labels = torch.tensor([0, 5])
+    actual, expected = linear_logprob(hidden, weight, labels), oracle.logprob(hidden, weight, labels)
+    assert (actual <= 0).all()
+    assert_exact(actual[1], expected[1])
+    for a, e in zip(gradients([actual], [hidden, weight]), gradients([expected], [hidden, weight]), strict=True):
+        assert_exact(a, e)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_logprob_in_bf16_is_as_good_as_pytorch(frozen):
+    hidden, weight, labels, _ = head(np.random.default_rng(6), 64, 32, 9001, torch.bfloat16, False)
+    weight.requires_grad_(not frozen)
+    inputs = [hidden] if frozen else [hidden, weight]
+    actual = linear_logprob(hidden, weight, labels)
+    eager = (hidden @ weight.t()).float().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    expected = oracle.logprob(hidden, weight, labels)
+    assert actual.dtype == torch.float32
+    assert_as_good_as(actual, eager, expected, "logprob")
+    triples = zip(*(gradients([out], inputs) for out in (actual, eager, expected)), strict=True)
+    for a, e, x in triples:
+        assert_as_good_as(a, e, x, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_kl(bias, softcap, dtype, monkeypatch):
+    monkeypatch.setattr(reference, "_LOGIT_BYTES", 1)
+    rng = np.random.default_rng(7)
+    hidden, weight, _, bias = head(rng, 37, 8, 101, dtype, bias)
+    ref_hidden, ref_weight, _, ref_bias = head(rng, 37, 6, 101, dtype, bias is not None)
+    inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
+    actual = linear_kl(
+        hidden, weight, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, logit_scale=0.7, softcap=softcap
+    )
+    expected = oracle.kl(
+        oracle.logits(hidden, weight, bias, 0.7, softcap), oracle.logits(ref_hidden, ref_weight, ref_bias, 0.7, softcap)
+    )
+    assert_exact(actual, expected, "kl")
+    for a, e in zip(gradients([actual], inputs), gradients([expected], inputs), strict=True):
+        assert_exact(a, e, "gradient", slack=4)
+
+
+@given(st.lists(random_groups(), min_size=1, max_size=4), st.sampled_from(["mean", "sum"]), st.integers(0, 2**32))
+def test_segment_infonce(groups, normalize, seed):
+    packed = pack(groups)
+    rng = np.random.default_rng(seed)
+    tokens = torch.tensor(-rng.exponential(size=packed.labels.numel())).requires_grad_()
+    loss, matrix, metrics = segment_infonce(
+        tokens, packed.offsets, packed.shapes, packed.positives, normalize=normalize
+    )
+    pair, expected = 0, []
+    for group in groups:
+        C, R = group.shape
+        segments = [tokens[packed.offsets[s] : packed.offsets[s + 1]] for s in range(pair, pair + C * R)]
+        reduce = torch.mean if normalize == "mean" else torch.sum
+        entries = [reduce(s) if len(s) else torch.tensor(-torch.inf, dtype=torch.float64) for s in segments]
+        assert_exact(matrix[pair : pair + C * R], torch.stack(entries), "matrix")
+        expected.append(oracle.infonce(torch.stack(entries).view(C, R), group.positives.tolist()))
+        pair += C * R
+    expected_loss = torch.stack([e[0] for e in expected])
+    assert_exact(loss, expected_loss, "loss", slack=10)
+    assert torch.allclose(metrics, torch.tensor([[float(x) for x in e[1:]] for e in expected], dtype=torch.float64), atol=1e-12)
+    (a,), (e,) = gradients([loss], [tokens]), gradients([expected_loss], [tokens])
+    assert torch.allclose(a, e, atol=1e-13)
+
+
+def test_segment_infonce_keeps_bad_numbers_inside_their_group():
+    rng = np.random.default_rng(8)
+    packed = pack([random_group(rng, 2, 3) for _ in range(3)])
+    tokens = torch.tensor(-rng.exponential(size=packed.labels.numel()), dtype=torch.float32)
+    clean = segment_infonce(tokens, packed.offsets, packed.shapes, packed.positives)[0]
+    for bad in (torch.nan, -torch.inf):
+        spoiled = tokens.clone()
+        spoiled[packed.offsets[6]] = bad  # first token of the second group's first positive
+        loss = segment_infonce(spoiled, packed.offsets, packed.shapes, packed.positives)[0]
+        assert loss[[0, 2]].equal(clean[[0, 2]]) and not loss[1].isfinite()
+
+
+def test_opcheck():
+    rng = np.random.default_rng(9)
+    packed = pack([random_group(rng, 2, 3)])
+    q, k, v = qkv(rng, packed.num_tokens, 4, 2, 8, dtype=torch.float32)
+    sinks = torch.randn(4, requires_grad=True)
+    plan = packed.plan
+    for arguments in ((sinks, 0.3, 4, 2.0), (None, 0.3, None, None)):
+        torch.library.opcheck(ops._prefix_attention, (q, k, v, plan.position_ids, plan.nodes, *arguments, "reference"))
+    hidden, weight, labels, bias = head(rng, 9, 8, 33, torch.float32, True)
+    torch.library.opcheck(ops._linear_logprob, (hidden, weight, labels, bias, 1.0, None, False, "reference"))
+    torch.library.opcheck(ops._linear_logprob, (hidden, weight.detach(), labels, None, 1.0, 2.0, True, "reference"))
+    reference_head = (hidden.detach() + 1, weight.detach() + 1, None)
+    torch.library.opcheck(ops._linear_kl, (hidden, weight, bias, *reference_head, 1.0, None, "reference"))
+    tokens = torch.randn(packed.labels.numel(), requires_grad=True)
+    shapes = torch.tensor(packed.shapes)
+    torch.library.opcheck(
+        ops._segment_infonce, (tokens, packed.offsets, shapes, packed.positives, "mean", "reference")
+    )
+
+
+def test_ops_compile_to_one_graph():
+    rng = np.random.default_rng(10)
+    packed = pack([random_group(rng, 2, 3)])
+    q, k, v = qkv(rng, packed.num_tokens, 4, 2, 8, dtype=torch.float32)
+    weight, labels = torch.randn(33, 32, requires_grad=True), packed.labels % 33
+
+    def step(q, k, v, weight):
+        out = prefix_attention(q, k, v, packed.plan, window=5)
+        tokens = linear_logprob(out.flatten(1)[packed.hidden_index], weight, labels)
+        return segment_infonce(tokens, packed.offsets, packed.shapes, packed.positives)[0].sum()
+
+    inputs = (q, k, v, weight)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, e in zip(gradients([compiled(*inputs)], inputs), gradients([step(*inputs)], inputs), strict=True):
+        assert_exact(a, e.double())
+
+
+def test_backends_say_why(caplog):
+    report = ops.backends()
+    assert report["reference"].startswith("available: prefix_attention")
+    if not torch.cuda.is_available():
+        assert report["triton"].startswith("unavailable: ") and report["cuda"].startswith("unavailable: ")
+    ops._load.cache_clear()
+    with caplog.at_level("INFO", "sami_fast.ops"):
+        linear_logprob(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64))
+    assert "linear_logprob runs on backend 'reference' (cpu tensors)" in caplog.text
+
+
+def test_bad_arguments_are_refused_by_name():
+    packed = pack([random_group(np.random.default_rng(11), 2, 2)])
+    q, k, v = qkv(np.random.default_rng(11), packed.num_tokens, 4, 2, 8, dtype=torch.float32, requires_grad=False)
+    plan = packed.plan
+    bad_attention = {
+        r"q: expected \[T, Hq, D\]": (q[0], k, v, {}),
+        "q: expected a floating-point dtype": (q.long(), k.long(), v.long(), {}),
+        r"k: expected \[T, Hkv, D\] with Hkv dividing 4": (q, k.repeat(1, 2, 1)[:, :3], v, {}),
+        "k: expected torch.float32": (q, k.double(), v, {}),
+        "v: expected torch.float32": (q, k, v[1:], {}),
+        "plan: expected a plan of": (q[1:], k[1:], v[1:], {}),
+        "window: expected a positive": (q, k, v, dict(window=0)),
+        "softcap: expected a positive": (q, k, v, dict(softcap=0.0)),
+        r"sinks: expected \[4\]": (q, k, v, dict(sinks=torch.zeros(3))),
+        "backend: expected one of": (q, k, v, dict(backend="magic")),
+    }
+    for message, (a, b, c, options) in bad_attention.items():
+        with pytest.raises(ValueError, match=message):
+            prefix_attention(a, b, c, plan, **options)
+    hidden, weight, labels = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
+    bad_head = {
+        r"hidden: expected \[N, H\]": (hidden[0], weight, labels, {}),
+        "weight: expected torch.float32": (hidden, weight.double(), labels, {}),
+        r"labels: expected torch.int64 \[3\]": (hidden, weight, labels.int(), {}),
+        r"bias: expected \[5\]": (hidden, weight, labels, dict(bias=torch.zeros(4))),
+    }
+    for message, (a, b, c, options) in bad_head.items():
+        with pytest.raises(ValueError, match=message):
+            linear_logprob(a, b, c, **options)
+    with pytest.raises(ValueError, match=r"ref_weight: expected V = 5, got 4"):
+        linear_kl(hidden, weight, hidden, weight[:4])
+    tokens = torch.zeros(4)
+    offsets, positives = torch.arange(5), torch.arange(2)
+    bad_infonce = {
+        "normalize: expected": (tokens, offsets, [(2, 2)], positives, dict(normalize="max")),
+        "token_logprobs: expected floating point": (tokens.long(), offsets, [(2, 2)], positives, {}),
+        r"offsets: expected torch.int64 \[7\]": (tokens, offsets, [(2, 3)], positives, {}),
+        r"positives: expected torch.int64 \[2\]": (tokens, offsets, [(2, 2)], positives[:1], {}),
+        r"shapes: expected \(C, R\) > 0": (tokens, offsets, [], positives, {}),
+    }
+    for message, (a, b, c, d, options) in bad_infonce.items():
+        with pytest.raises(ValueError, match=message):
+            segment_infonce(a, b, c, d, **options)

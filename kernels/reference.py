@@ -355,7 +355,9 @@ def segment_infonce_forward(
         by_shape.setdefault((C, R), []).append(index)
     for (C, R), members in by_shape.items():
         at = torch.tensor([cells[b] for b in members], device=device)[:, None] + torch.arange(C * R, device=device)
-        owner_at = torch.tensor([responses[b] for b in members], device=device)[:, None] + torch.arange(R, device=device)
+        owner_at = torch.tensor([responses[b] for b in members], device=device)[:, None] + torch.arange(
+            R, device=device
+        )
         scores = matrix[at].view(-1, C, R)
         is_positive = positives[owner_at][:, None, :] == torch.arange(C, device=device)[:, None]  # [b, C, R]
         target = is_positive.to(scores.dtype)

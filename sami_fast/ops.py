@@ -187,7 +187,12 @@ def prefix_attention(
     _expect(q.dim() == 3, "q", "[T, Hq, D]", _describe(q))
     _expect(q.is_floating_point(), "q", "a floating-point dtype", q.dtype)
     T, Hq, D = q.shape
-    _expect(k.dim() == 3 and k.shape[1] > 0 and Hq % k.shape[1] == 0, "k", f"[T, Hkv, D] with Hkv dividing {Hq}", _describe(k))
+    _expect(
+        k.dim() == 3 and k.shape[1] > 0 and Hq % k.shape[1] == 0,
+        "k",
+        f"[T, Hkv, D] with Hkv dividing {Hq}",
+        _describe(k),
+    )
     _expect_like("k", k, (T, k.shape[1], D), q)
     _expect_like("v", v, (T, k.shape[1], v.shape[-1]), q)
     _expect(plan.subtree_end.shape[0] == T, "plan", f"a plan of {T} tokens as q has", plan.subtree_end.shape[0])
@@ -195,7 +200,9 @@ def prefix_attention(
     _expect(window is None or window > 0, "window", "a positive number of positions or None", window)
     _expect(softcap is None or softcap > 0, "softcap", "a positive number or None", softcap)
     if sinks is not None:
-        _expect(tuple(sinks.shape) == (Hq,) and sinks.device == q.device, "sinks", f"[{Hq}] on {q.device}", _describe(sinks))
+        _expect(
+            tuple(sinks.shape) == (Hq,) and sinks.device == q.device, "sinks", f"[{Hq}] on {q.device}", _describe(sinks)
+        )
     out, lse = _prefix_attention(
         q,
         k,

@@ -188,7 +188,9 @@ def test_segment_infonce(groups, normalize, seed):
         pair += C * R
     expected_loss = torch.stack([e[0] for e in expected])
     assert_exact(loss, expected_loss, "loss", slack=10)
-    assert torch.allclose(metrics, torch.tensor([[float(x) for x in e[1:]] for e in expected], dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(
+        metrics, torch.tensor([[float(x) for x in e[1:]] for e in expected], dtype=torch.float64), atol=1e-12
+    )
     (a,), (e,) = gradients([loss], [tokens]), gradients([expected_loss], [tokens])
     assert torch.allclose(a, e, atol=1e-13)
 
@@ -220,9 +222,7 @@ def test_opcheck():
     torch.library.opcheck(ops._linear_kl, (hidden, weight, bias, *reference_head, 1.0, None, "reference"))
     tokens = torch.randn(packed.labels.numel(), requires_grad=True)
     shapes = torch.tensor(packed.shapes)
-    torch.library.opcheck(
-        ops._segment_infonce, (tokens, packed.offsets, shapes, packed.positives, "mean", "reference")
-    )
+    torch.library.opcheck(ops._segment_infonce, (tokens, packed.offsets, shapes, packed.positives, "mean", "reference"))
 
 
 def test_ops_compile_to_one_graph():

@@ -1,0 +1,508 @@
+"""A Hugging Face causal LM and a packed prefix tree in, log-probabilities and the C x R matrices out.
+
+The model runs once over the packed tokens, its attention switched to the tree through `transformers.AttentionInterface`
+for the duration of the call. Its head is not run: a hook takes the hidden states in front of it, and only the rows that
+predict a response token meet the vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+from sami_fast import ops
+from sami_fast.prefix_tree import AttentionPlan, Group, PackedTree, pack
+
+logger = logging.getLogger(__name__)
+
+_ATTENTION = "sami_fast"
+_LOGIT_BYTES = 64 << 20  # one chunk of logits of a head that is no plain Linear
+
+
+class UnsupportedModelError(ValueError):
+    """The model's architecture cannot be scored exactly over a prefix tree."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the scored tokens of a pack.
+
+    Attributes:
+        token_logprobs: [N] float32 (float64 for a float64 model), differentiable.
+        packed: the pack, on the same device.
+        normalize: "mean" or "sum", how a response's tokens make one entry of the matrix.
+        kl: [N] float32, KL(model || reference) at each scored token's position; None without a reference model.
+    """
+
+    token_logprobs: torch.Tensor
+    packed: PackedTree
+    normalize: str = "mean"
+    kl: torch.Tensor | None = None
+
+    @property
+    def matrices(self) -> list[torch.Tensor]:
+        """[C, R] of each group, differentiable; -inf where a mask leaves a pair out."""
+        offsets = self.packed.offsets
+        lengths = offsets.diff()
+        flat = torch.segment_reduce(self.token_logprobs, "sum", offsets=offsets, axis=0)
+        if self.normalize == "mean":
+            flat = flat / lengths.clamp(min=1)
+        flat = flat.masked_fill(lengths == 0, float("-inf"))
+        sizes = [C * R for C, R in self.packed.shapes]
+        return [part.view(shape) for part, shape in zip(flat.split(sizes), self.packed.shapes, strict=True)]
+
+    @property
+    def matrix(self) -> torch.Tensor | list[torch.Tensor]:
+        """[B, C, R] when all groups have one shape, else a list of [C, R]."""
+        matrices = self.matrices
+        return torch.stack(matrices) if len(set(self.packed.shapes)) == 1 else matrices
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention hookup
+
+
+@dataclass
+class _TreeCall:
+    """What travels through `model.forward` to every attention layer, and what the layers leave behind."""
+
+    plan: AttentionPlan
+    model_name: str
+    backend: str | None
+    windows: dict[int, int | None] = field(default_factory=dict)  # layer -> its sliding window
+
+    def unsupported(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"model: {self.model_name} cannot be scored over a prefix tree: {reason}")
+
+
+def _tree_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    prefix_tree: _TreeCall | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The attention function registered with transformers: [1, H, T, D] in, [1, T, Hq, Dv] out."""
+    if prefix_tree is None:
+        raise UnsupportedModelError(
+            f"model: {type(module).__name__} dropped the keyword arguments of `forward` on the way to its attention, so "
+            "it cannot be scored over a prefix tree"
+        )
+    if attention_mask is not None:
+        raise prefix_tree.unsupported(f"{type(module).__name__} brings an attention mask of its own")
+    if kwargs.get("position_bias") is not None or kwargs.get("is_causal") is False:
+        raise prefix_tree.unsupported(f"{type(module).__name__} asks for a position bias or for non-causal attention")
+    if dropout:
+        raise ValueError(
+            f"model: attention dropout must be 0 to score exactly, got {dropout} in {type(module).__name__}"
+        )
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise prefix_tree.unsupported(f"{type(module).__name__} attends from {query.shape[2]} to {key.shape[2]} tokens")
+    prefix_tree.windows[getattr(module, "layer_idx", id(module))] = sliding_window
+    out = ops.prefix_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        prefix_tree.plan,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        backend=prefix_tree.backend,
+    )
+    return out[None], None
+
+
+AttentionInterface.register(_ATTENTION, _tree_attention)
+
+
+@contextlib.contextmanager
+def _attention_setting(configs: list) -> Iterator[None]:
+    """Every config of the model says `sami_fast` inside and what it said before outside."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = _ATTENTION
+        yield
+    finally:
+        for config, setting in zip(configs, before, strict=True):
+            config._attn_implementation = setting
+
+
+def _configs(model: nn.Module) -> list:
+    """Distinct configs of the model and its parts, innermost last (setting one sets its sub-configs)."""
+    found = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            pending = [config]
+            while pending:
+                current = pending.pop()
+                found.setdefault(id(current), current)
+                pending += [sub for name in current.sub_configs if (sub := getattr(current, name, None)) is not None]
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _tree_mode(model: nn.Module) -> Iterator[None]:
+    """Tree attention inside, also when activation checkpointing runs a layer again during a later backward."""
+    configs = _configs(model)
+    originals: list[tuple[nn.Module, str, Callable]] = []
+    for module in model.modules():
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
+            if callable(original := module.__dict__.get(name)):
+                originals.append((module, name, original))
+
+    def in_tree_mode(original: Callable) -> Callable:
+        def run(function: Callable, *args, **kwargs):
+            def layer(*layer_args, **layer_kwargs):
+                with _attention_setting(configs):
+                    return function(*layer_args, **layer_kwargs)
+
+            return original(layer, *args, **kwargs)
+
+        return run
+
+    try:
+        for module, name, original in originals:
+            setattr(module, name, in_tree_mode(original))
+        with _attention_setting(configs):
+            yield
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Head
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The output embedding and what the family puts around it: softcap(logit_scale * module(hidden))."""
+
+    module: nn.Module
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def is_plain(self) -> bool:
+        return type(self.module) is nn.Linear
+
+    def finish(self, raw: torch.Tensor) -> torch.Tensor:
+        logits = raw * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def weight(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias in the dtype of the hidden states (autocast narrows the hidden states only)."""
+        weight, bias = self.module.weight, self.module.bias
+        if hasattr(weight, "full_tensor"):
+            raise ValueError("model: the output embedding is sharded (DTensor); gather it before scoring")
+        return weight.to(hidden.dtype), bias
+
+
+def _find_head(model: nn.Module) -> _Head:
+    module = model.get_output_embeddings()
+    if module is None:
+        raise UnsupportedModelError(f"model: {type(model).__name__} has no output embeddings, so it is no causal LM")
+    config = model.config.get_text_config(decoder=True)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    return _Head(module, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _by_chunks(function: Callable, rows: tuple[torch.Tensor, ...], vocab_size: int) -> torch.Tensor:
+    """`function` over chunks of rows; logits are recomputed in the backward instead of kept."""
+    height = max(16, _LOGIT_BYTES // (4 * vocab_size))
+    chunks = zip(*(tensor.split(height) for tensor in rows), strict=True)
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _token_logprobs(head: _Head, hidden: torch.Tensor, labels: torch.Tensor, vocab_size: int, backend) -> torch.Tensor:
+    if head.is_plain:
+        weight, bias = head.weight(hidden)
+        return ops.linear_logprob(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            backend=backend,
+        )
+    _log_head_once(type(head.module).__name__)
+
+    def chunk(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = head.finish(_widen(head.module(hidden)))
+        return logits.log_softmax(dim=-1).gather(1, labels[:, None]).squeeze(1)
+
+    return _by_chunks(chunk, (hidden, labels), vocab_size)
+
+
+def _widen(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+_logged_heads: set[str] = set()
+
+
+def _log_head_once(name: str) -> None:
+    if name not in _logged_heads:
+        _logged_heads.add(name)
+        logger.info("the output embedding is a %s, no plain Linear: its logits run by checkpointed chunks", name)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def score(
+    model: nn.Module,
+    packed: PackedTree,
+    *,
+    normalize: str = "mean",
+    ref_model: nn.Module | None = None,
+    backend: str | None = None,
+) -> Scores:
+    """Log-probability of every response token under every prompt of the pack, in one pass over its tokens.
+
+    Works with any causal LM of transformers whose attention goes through `AttentionInterface`, PEFT adapters included,
+    under autocast and gradient checkpointing. The model is left as it was found.
+
+    Args:
+        model: the causal LM, on the pack's device.
+        packed: from `pack`.
+        normalize: "mean" or "sum" over a response's tokens, for `Scores.matrix`.
+        ref_model: also give KL(model || ref_model) at every scored token, exact over the vocabulary. The model itself
+            stands for itself without its PEFT adapters.
+        backend: of the ops; None picks by device.
+
+    Raises:
+        UnsupportedModelError: the architecture cannot be exact over a tree; the message names it and says why.
+        ValueError: token ids outside the vocabulary, a sequence longer than the model's positions, a pack on another
+            device, attention dropout.
+    """
+    if normalize not in ("mean", "sum"):
+        raise ValueError(f'normalize: expected "mean" or "sum", got {normalize!r}')
+    hidden, head, vocab_size = _predicting_states(model, packed, backend)
+    logprobs = _token_logprobs(head, hidden, packed.labels, vocab_size, backend)
+    if ref_model is None:
+        return Scores(logprobs, packed, normalize)
+    return Scores(
+        logprobs, packed, normalize, _reference_kl(head, hidden, model, ref_model, packed, vocab_size, backend)
+    )
+
+
+def _reference_kl(head, hidden, model, ref_model, packed, vocab_size, backend) -> torch.Tensor:
+    if ref_model is model and not hasattr(model, "disable_adapter"):
+        raise ValueError(
+            f"ref_model: {type(model).__name__} has no adapters to disable, so it is no reference of itself"
+        )
+
+    def as_reference():
+        return model.disable_adapter() if ref_model is model else contextlib.nullcontext()
+
+    with torch.no_grad(), as_reference():
+        ref_hidden, ref_head, ref_vocab = _predicting_states(ref_model, packed, backend)
+    if ref_vocab != vocab_size:
+        raise ValueError(f"ref_model: expected a vocabulary of {vocab_size} as the model has, got {ref_vocab}")
+    scaling = (head.logit_scale, head.softcap)
+    if head.is_plain and ref_head.is_plain and scaling == (ref_head.logit_scale, ref_head.softcap):
+        weight, bias = head.weight(hidden)
+        ref_weight, ref_bias = ref_head.weight(ref_hidden)
+        return ops.linear_kl(
+            hidden,
+            weight,
+            ref_hidden,
+            ref_weight,
+            bias=bias,
+            ref_bias=ref_bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            backend=backend,
+        )
+
+    def chunk(hidden: torch.Tensor, ref_hidden: torch.Tensor) -> torch.Tensor:
+        logp = head.finish(_widen(head.module(hidden))).log_softmax(dim=-1)
+        with torch.no_grad(), as_reference():
+            logp_ref = ref_head.finish(_widen(ref_head.module(ref_hidden))).log_softmax(dim=-1)
+        return (logp.exp() * (logp - logp_ref)).sum(dim=-1)
+
+    return _by_chunks(chunk, (hidden, ref_hidden), vocab_size)
+
+
+def _predicting_states(model: nn.Module, packed: PackedTree, backend: str | None) -> tuple[torch.Tensor, _Head, int]:
+    """Hidden states [N, H] in front of the head of the tokens that predict each label, the head, and V."""
+    inner = model
+    if not hasattr(inner, "get_output_embeddings"):
+        from accelerate.utils import extract_model_from_parallel
+
+        inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    head = _find_head(inner)
+    config = inner.config.get_text_config(decoder=True)
+    vocab_size = inner.get_input_embeddings().weight.shape[0]
+    name = type(inner.get_base_model() if hasattr(inner, "get_base_model") else inner).__name__
+    _check_inputs(inner, config, name, packed, vocab_size)
+
+    taken: list[torch.Tensor] = []
+
+    def take(_module: nn.Module, args: tuple) -> tuple:
+        taken.append(args[0])
+        return (args[0][:, :1], *args[1:])  # one row: the model's own logits are only compared with ours, once
+
+    raw: list[torch.Tensor] = []
+    call = _TreeCall(packed.plan, name, backend)
+    hooks = [
+        head.module.register_forward_pre_hook(take),
+        head.module.register_forward_hook(lambda _module, _args, output: raw.append(output)),
+    ]
+    try:
+        with _tree_mode(inner):
+            output = model(
+                input_ids=packed.input_ids[None],
+                position_ids=packed.position_ids[None],
+                use_cache=False,
+                prefix_tree=call,
+            )
+    except (AttributeError, RuntimeError, TypeError) as error:
+        # Families without the interface may trip over the mask that they did not get.
+        if call.windows or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise call.unsupported(
+            f"none of its layers attends through transformers' AttentionInterface ({error})"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(taken) != 1 or taken[0].shape[1] != packed.num_tokens:
+        raise call.unsupported("its output embedding does not see every token once")
+    _check_layers(call, config, packed)
+    if inner not in _verified:
+        ours, theirs = head.finish(_widen(raw[0].detach())), _widen(output.logits.detach())
+        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+            raise call.unsupported("its logits are not softcap(scale * output_embedding(hidden)) as its config says")
+        _verified.add(inner)
+    # Embedding as a gather: its backward is a deterministic segment sum where branches share a predictor.
+    hidden = nn.functional.embedding(packed.hidden_index, taken[0][0])
+    return hidden, head, head.module.weight.shape[0] if head.is_plain else raw[0].shape[-1]
+
+
+_verified: weakref.WeakSet = weakref.WeakSet()
+
+
+def _check_inputs(model: nn.Module, config, name: str, packed: PackedTree, vocab_size: int) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"model: {name} is an encoder-decoder; expected a causal LM")
+    if getattr(model, "_is_stateful", False) or any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"model: {name} cannot be scored over a prefix tree: it carries state from token to token outside of attention"
+        )
+    if packed.max_token_id >= vocab_size:
+        raise ValueError(
+            f"packed: expected token ids below the vocabulary size {vocab_size}, got {packed.max_token_id}"
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and packed.max_length > limit:
+        raise ValueError(
+            f"packed: expected sequences of at most {limit} tokens, the positions of {name}, got {packed.max_length}"
+        )
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and packed.max_length > chunk:
+        raise UnsupportedModelError(
+            f"model: {name} attends in chunks of {chunk} tokens; expected shorter sequences, got {packed.max_length}"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    layers = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    for parameters in layers:
+        kind = parameters.get("rope_type", "default")
+        original = parameters.get("original_max_position_embeddings") or limit
+        if kind in ("dynamic", "longrope") and original is not None and packed.max_length > original:
+            raise UnsupportedModelError(
+                f"model: the {kind} RoPE of {name} changes with the sequence length beyond {original} tokens, so prefixes "
+                f"are not shared; got a sequence of {packed.max_length}"
+            )
+    device = model.get_input_embeddings().weight.device
+    if packed.device != device:
+        raise ValueError(f"packed: expected tensors on {device} as the model is, got {packed.device}")
+
+
+def _check_layers(call: _TreeCall, config, packed: PackedTree) -> None:
+    """Every layer must have attended through us, with the window that its config promises."""
+    if len(call.windows) != config.num_hidden_layers:
+        raise call.unsupported(
+            f"{len(call.windows)} of its {config.num_hidden_layers} layers attend through transformers' AttentionInterface"
+        )
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and packed.max_length > (getattr(config, "sliding_window", None) or packed.max_length):
+        promised, got = sum("sliding" in kind for kind in kinds), sum(w is not None for w in call.windows.values())
+        if promised != got:
+            raise call.unsupported(f"{promised} layers have a sliding window and {got} passed it to their attention")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Guard of last resort
+
+_CHECK_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, *, seed: int = 0, backend: str | None = None) -> float:
+    """Score a small random tree and, by plain forwards, each of its sequences; return the relative difference.
+
+    Raises:
+        UnsupportedModelError: when they differ beyond the rounding of the model's dtype (2e-2 relative in bfloat16,
+            5e-3 in float16, 1e-4 in float32, 1e-8 in float64), naming the model and the difference.
+    """
+    rng = np.random.default_rng(seed)
+    embedding = model.get_input_embeddings().weight
+    vocab = embedding.shape[0]
+    query, tail = rng.integers(0, vocab, 11), rng.integers(0, vocab, 4)
+    prompts = [np.r_[query, rng.integers(0, vocab, 5)], np.r_[query, rng.integers(0, vocab, 9)]]
+    responses = [np.r_[tail, rng.integers(0, vocab, 3)], np.r_[tail, rng.integers(0, vocab, 6)]]
+    groups = [Group(prompts, responses), Group([rng.integers(0, vocab, 7)], [rng.integers(0, vocab, 5)])]
+    packed = pack(groups).to(embedding.device)
+    training = model.training
+    model.eval()
+    try:
+        tree = score(model, packed, backend=backend).token_logprobs.double()
+        plain = torch.cat([_plain_logprobs(model, p, r) for g in groups for p in g.prompts for r in g.responses])
+    finally:
+        model.train(training)
+    difference = float((tree - plain).norm() / plain.norm())
+    dtype = (
+        torch.get_autocast_dtype(embedding.device.type)
+        if torch.is_autocast_enabled(embedding.device.type)
+        else embedding.dtype
+    )
+    limit = _CHECK_TOLERANCE[dtype]
+    if not difference <= limit:
+        raise UnsupportedModelError(
+            f"model: {type(model).__name__} scores a prefix tree differently from whole sequences: relative difference "
+            f"{difference:.1e}, expected at most {limit:.0e} in {dtype}"
+        )
+    logger.info(
+        "%s scores trees as it scores whole sequences (relative difference %.1e)", type(model).__name__, difference
+    )
+    return difference
+
+
+def _plain_logprobs(model: nn.Module, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
+    ids = torch.from_numpy(np.r_[prompt, response]).to(model.get_input_embeddings().weight.device)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(dim=-1).gather(1, ids[len(prompt) :, None]).squeeze(1)

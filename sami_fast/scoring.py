@@ -115,10 +115,11 @@ def _tree_attention(
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise prefix_tree.unsupported(f"{type(module).__name__} attends from {query.shape[2]} to {key.shape[2]} tokens")
     prefix_tree.windows[getattr(module, "layer_idx", id(module))] = sliding_window
+    q, k, v = (_autocast(states[0].transpose(0, 1)) for states in (query, key, value))
     out = ops.prefix_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        q,
+        k,
+        v,
         prefix_tree.plan,
         scale=scaling,
         window=sliding_window,
@@ -127,6 +128,12 @@ def _tree_attention(
         backend=prefix_tree.backend,
     )
     return out[None], None
+
+
+def _autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """What autocast does to the inputs of PyTorch's own attention and linear layers, for ops that it does not know."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 AttentionInterface.register(_ATTENTION, _tree_attention)
@@ -210,7 +217,7 @@ class _Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def weight(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias in the dtype of the hidden states (autocast narrows the hidden states only)."""
+        """Weight and bias in the dtype of the hidden states, which autocast may have narrowed."""
         weight, bias = self.module.weight, self.module.bias
         if hasattr(weight, "full_tensor"):
             raise ValueError("model: the output embedding is sharded (DTensor); gather it before scoring")
@@ -363,7 +370,7 @@ def _predicting_states(model: nn.Module, packed: PackedTree, backend: str | None
     taken: list[torch.Tensor] = []
 
     def take(_module: nn.Module, args: tuple) -> tuple:
-        taken.append(args[0])
+        taken.append(_autocast(args[0]))
         return (args[0][:, :1], *args[1:])  # one row: the model's own logits are only compared with ours, once
 
     raw: list[torch.Tensor] = []

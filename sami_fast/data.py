@@ -1,0 +1,451 @@
+"""Data files in, groups of token ids out: examples, prompt templates, tokenisation, the training data set."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean as mean
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset
+
+from sami_fast.prefix_tree import Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+TEMPLATES = Path(__file__).parent / "templates"
+_REQUIRED = ("query", "constitutions", "responses")
+_OPTIONAL = ("id", "positives", "mask")
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One query with the constitutions and responses of its group, as text.
+
+    Args:
+        id: name in logs and error messages.
+        query: the text that every response answers.
+        constitutions: C texts.
+        responses: R texts.
+        positives: R ints; response k was sampled under constitution `positives[k]`. None means response k under
+            constitution k, and then R must equal C.
+        mask: C rows of R bools; score only the pairs that are True. None scores all.
+
+    Raises:
+        ValueError: a field of the wrong type, length or range, a blank text, a constitution without a response.
+    """
+
+    id: str
+    query: str
+    constitutions: list[str]
+    responses: list[str]
+    positives: list[int] | None = None
+    mask: list[list[bool]] | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("id", self.id)
+        _check_text("query", self.query)
+        for name in ("constitutions", "responses"):
+            _check_list(name, getattr(self, name), str)
+            for index, text in enumerate(getattr(self, name)):
+                _check_text(f"{name}[{index}]", text)
+        if self.positives is not None:
+            _check_list("positives", self.positives, int)
+        if self.mask is not None:
+            _check_list("mask", self.mask, list)
+            for j, row in enumerate(self.mask):
+                _check_list(f"mask[{j}]", row, bool)
+                if len(row) != len(self.responses):
+                    raise ValueError(f"mask[{j}]: expected {len(self.responses)} bools, one a response, got {len(row)}")
+        # A group of one-token texts checks counts and ranges, so that its rules stand in one place.
+        Group([[0]] * len(self.constitutions), [[0]] * len(self.responses), self.positives, self.mask, self.id)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _check_list(name: str, value: Any, item: type) -> None:
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected a list of {item.__name__}, got {_kind(value)}")
+    if not value:
+        raise ValueError(f"{name}: expected at least one entry, got an empty list")
+    for index, entry in enumerate(value):
+        if type(entry) is not item:
+            raise ValueError(f"{name}[{index}]: expected {item.__name__}, got {_kind(entry)}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected str, got {_kind(value)}")
+    if not value.strip():
+        raise ValueError(f"{name}: expected text, got {'only white space' if value else 'an empty string'}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half an emoji, left by cutting a text: tokenizers refuse it without a name
+        raise ValueError(f"{name}: not valid Unicode at character {error.start}: {value[error.start]!r}") from None
+
+
+def load_examples(
+    source: Any,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    fields: Mapping[str, str] | None = None,
+    load_options: Mapping[str, Any] | None = None,
+) -> list[Example]:
+    """Read and check examples.
+
+    Fields read: `query` (text), `constitutions` and `responses` (lists of text), and if there `positives`, `mask` (see
+    `Example`) and `id` (text or integer; by default the place, such as `line-3`). Other fields are ignored.
+
+    Args:
+        source: path of a JSON Lines file (`.jsonl` or `.json`; a `.json` array too), of a parquet, arrow, CSV or TSV
+            file (list columns as JSON text), or of a folder written by `save_to_disk`; whatever else
+            `datasets.load_dataset` takes (a name on the hub, a folder of files); or a `datasets` object.
+        split: which split of a source that has several.
+        limit: read only the first `limit` examples.
+        fields: column names where they differ from ours, `{"query": "prompt"}`.
+        load_options: further arguments of `datasets.load_dataset`, `{"name": "comparisons"}`.
+
+    Raises:
+        ValueError: names the file, the line or row, the field, what was expected and what came.
+        FileNotFoundError: no such file.
+    """
+    fields = dict(fields or {})
+    if unknown := sorted(set(fields) - {*_REQUIRED, *_OPTIONAL}):
+        raise ValueError(f"fields: expected keys among {', '.join(_REQUIRED + _OPTIONAL)}, got {', '.join(unknown)}")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"limit: expected a positive int or None, got {limit!r}")
+    is_path = isinstance(source, str | Path)
+    label = str(source) if is_path else type(source).__name__
+    if is_path and Path(source).suffix in (".jsonl", ".json"):
+        if split is not None or load_options:
+            raise ValueError(f"split, load_options: expected neither with a JSON file, got {split!r}, {load_options!r}")
+        rows = _json_rows(Path(source))
+    else:
+        rows = _dataset_rows(source, split, dict(load_options or {}))
+    examples: list[Example] = []
+    places: dict[str, str] = {}
+    for place, row in rows:
+        try:
+            example = _example(row, place, fields)
+            if first := places.get(example.id):
+                raise ValueError(f"id: expected a new one, got {example.id!r}, which {first} has too")
+        except ValueError as error:
+            raise ValueError(f"{label}, {place}: {error}") from None
+        places[example.id] = place
+        examples.append(example)
+        if len(examples) == limit:
+            break
+    if not examples:
+        raise ValueError(f"{label}: expected at least one example, got none")
+    return examples
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    def parse(text: bytes, line: int) -> Any:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            place = f"line {line + error.lineno - 1}, column {error.colno}"
+            raise ValueError(f"{path}, {place}: not valid JSON: {error.msg}") from None
+        except UnicodeDecodeError as error:
+            place = f"line {line + error.object[: error.start].count(10)}"
+            raise ValueError(f"{path}, {place}: not UTF-8: byte 0x{error.object[error.start]:02x}") from None
+
+    with path.open("rb") as file:
+        if path.suffix == ".json" and file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            file.seek(0)
+            for number, row in enumerate(parse(file.read(), 1), 1):
+                yield f"item {number}", row
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"line {number}", parse(line.rstrip(), number)
+
+
+def _dataset_rows(source: Any, split: str | None, options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    import datasets  # seconds to import, and not needed for JSON Lines
+
+    if not isinstance(source, str | Path):
+        loaded = source
+        kinds = (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
+        if not isinstance(loaded, kinds):
+            raise ValueError(f"source: expected a path, a data set's name or a datasets object, got {_kind(source)}")
+    elif (path := Path(source)).is_file():
+        suffix = next((s for s in reversed(path.suffixes) if s in _BUILDERS), None)  # data.csv.gz is a CSV file
+        if suffix is None:
+            raise ValueError(f"source: expected a file ending in {', '.join(_BUILDERS)}, got {path}")
+        if _BUILDERS[suffix] == "csv":  # an answer 'None' or 'NA' is text, no missing value
+            options = {"keep_default_na": False, "sep": "\t" if suffix == ".tsv" else ","} | options
+        loaded = datasets.load_dataset(_BUILDERS[suffix], data_files=str(path), **options)
+    elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(str(path), **options)
+    elif path.suffix in _BUILDERS:
+        raise FileNotFoundError(f"source: no such file: {path}")
+    else:
+        loaded = datasets.load_dataset(str(source), split=split, **options)
+        split = None
+    if isinstance(loaded, dict):
+        name = next(iter(loaded)) if split is None and len(loaded) == 1 else split
+        if name not in loaded:
+            raise ValueError(f"split: expected one of {', '.join(loaded)}, got {split!r}")
+        loaded = loaded[name]
+    elif split is not None:
+        raise ValueError(f"split: expected None for a data set without splits, got {split!r}")
+    for number, row in enumerate(loaded.with_format(None), 1):
+        yield f"row {number}", row
+
+
+def _example(row: Any, place: str, fields: Mapping[str, str]) -> Example:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object with fields, got {_kind(row)}")
+    values = {}
+    for name in _REQUIRED + _OPTIONAL:
+        column = fields.get(name, name)
+        if column not in row and (name in _REQUIRED or name in fields):
+            for_field = "" if column == name else f" (for {name!r})"
+            raise ValueError(f"missing field {column!r}{for_field}; there are: {', '.join(map(str, row)) or 'none'}")
+        value = row.get(column)
+        if isinstance(value, str) and name not in ("id", "query"):
+            try:
+                value = json.loads(value) if value or name in _REQUIRED else None
+            except ValueError:
+                raise ValueError(f"{name}: expected a list or its JSON text, got {value[:40]!r}") from None
+        values[name] = value
+    if values["id"] is None or values["id"] == "":
+        values["id"] = place.replace(" ", "-")
+    elif type(values["id"]) not in (str, int):
+        raise ValueError(f"id: expected str or int, got {_kind(values['id'])}")
+    values["id"] = str(values["id"])
+    return Example(**values)
+
+
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Text with `{query}` and `{constitution}` where those go, each at least once; any other `{name}` is refused.
+
+    Args:
+        text: the template. The response follows it directly, after a space unless the template ends in white space.
+        name: file or name, for error messages.
+        chat: the rendered text is a user message, to be wrapped in the tokenizer's chat template.
+    """
+
+    text: str
+    name: str = "template"
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        found = set(_PLACEHOLDER.findall(self.text))
+        for name in ("query", "constitution"):
+            if name not in found:
+                raise ValueError(f"{self.name}: expected the placeholder {{{name}}}, got a template without it")
+        if unknown := sorted(found - {"query", "constitution"}):
+            raise ValueError(f"{self.name}: expected only {{query}} and {{constitution}}, got {{{unknown[0]}}}")
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> PromptTemplate:
+        """Read a template that comes with the package (`query_first`) or a text file (`./mine.txt`).
+
+        A file whose name ends in `_chat` before the suffix holds a chat template's user message. One line break at the
+        end of the file is dropped, since editors add it; a template that is to end in one ends in an empty line.
+
+        Raises:
+            ValueError: no such template, not UTF-8, or a placeholder missing or unknown.
+        """
+        built_in = {path.stem: path for path in sorted(TEMPLATES.glob("*.txt"))}
+        path = built_in.get(name_or_path, Path(name_or_path))
+        if not path.is_file():
+            raise ValueError(f"template: expected a file or one of {', '.join(built_in)}, got {str(name_or_path)!r}")
+        try:
+            text = path.read_text(encoding="utf-8-sig").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+        return cls(text, str(path), path.stem.endswith("_chat"))
+
+    def render(self, query: str, constitution: str) -> str:
+        """The template with both texts put in verbatim, in one pass: braces inside them mean nothing."""
+        texts = {"query": query, "constitution": constitution}
+        return _PLACEHOLDER.sub(lambda match: texts[match[1]], self.text)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, query: str, constitution: str
+) -> list[int]:
+    """Token ids that a response follows, in scoring and in generation alike.
+
+    They start with what the tokenizer puts before a text (BOS), exactly once, also where a chat template spells it out,
+    and end without what it puts after one.
+
+    Raises:
+        ValueError: a chat template is asked for and the tokenizer has none.
+    """
+    text = template.render(query, constitution)
+    if template.chat:
+        if not tokenizer.chat_template:
+            raise ValueError(f"tokenizer: expected one with a chat template for {template.name}, got one without")
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    bare, special = tokenizer.encode("x", add_special_tokens=False), tokenizer.encode("x")
+    start = next((i for i in range(len(special)) if special[i : i + len(bare)] == bare), 0)
+    return ids if ids[:start] == special[:start] else special[:start] + ids
+
+
+def response_ids(
+    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, response: str, *, score_eos: bool = False
+) -> list[int]:
+    """Token ids of a response as it continues a prompt, tokenised apart so that the prompt stays an exact prefix.
+
+    A space goes between unless one side has white space there; after a chat template there is none. `score_eos` appends
+    the tokenizer's EOS, so that where a response ends counts too.
+
+    Raises:
+        ValueError: `score_eos` with a tokenizer that has no EOS.
+    """
+    if not (template.chat or template.text[-1:].isspace() or response[:1].isspace()):
+        response = " " + response
+    ids = _continuation_ids(tokenizer, response)
+    if score_eos:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer: expected one with an EOS token for score_eos, got one without")
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def _continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of `text` inside a sequence: without the space that SentencePiece tokenizers put before every text."""
+
+    def encode(part: str) -> list[int]:
+        return tokenizer.encode(part, add_special_tokens=False, verbose=False)
+
+    if tokenizer.decode(encode("x") * 2) == "xx":
+        return encode(text)
+    for anchor in ("\n", ":", "x"):  # more than one, for `text` may merge with an anchor
+        head, both = encode(anchor), encode(anchor + text)
+        if head and both[: len(head)] == head:
+            return both[len(head) :]
+    raise ValueError(f"response: no way to tokenise it apart from its prompt with this tokenizer, got {text[:40]!r}")
+
+
+def tokenize_example(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    *,
+    score_eos: bool = False,
+    chat: bool | None = None,
+    max_length: int | None = None,
+) -> Group:
+    """Token ids of an example; see `prompt_ids` and `response_ids`.
+
+    Args:
+        chat: wrap prompts in the tokenizer's chat template. None does what the template says.
+        max_length: most tokens that one prompt and one response may have together.
+
+    Raises:
+        ValueError: too long (names the example, its length and the limit), or as in `prompt_ids`, `response_ids`.
+    """
+    if chat is not None:
+        template = replace(template, chat=chat)
+    prompts = [prompt_ids(tokenizer, template, example.query, text) for text in example.constitutions]
+    responses = [response_ids(tokenizer, template, text, score_eos=score_eos) for text in example.responses]
+    length = max(map(len, prompts)) + max(map(len, responses))
+    if max_length is not None and length > max_length:
+        raise ValueError(f"example {example.id!r}: expected at most max_length={max_length} tokens, got {length}")
+    return Group(prompts, responses, example.positives, example.mask, example.id)
+
+
+class GroupDataset(Dataset):
+    """Groups for training, tokenised at once so that bad data shows before any work."""
+
+    def __init__(self, groups: Iterable[Group]) -> None:
+        self.groups = list(groups)
+        if not self.groups:
+            raise ValueError("groups: expected at least one, got none")
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Group:
+        return self.groups[index]
+
+    @classmethod
+    def from_examples(
+        cls,
+        examples: Iterable[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate | str | Path = "query_first",
+        *,
+        chat: bool | None = None,
+        **options: Any,
+    ) -> GroupDataset:
+        """Tokenise examples; `options` are the others of `tokenize_example`."""
+        if not isinstance(template, PromptTemplate):
+            template = PromptTemplate.load(template)
+        if chat is not None:
+            template = replace(template, chat=chat)
+        data = cls(tokenize_example(example, tokenizer, template, **options) for example in examples)
+        C, R = zip(*(group.shape for group in data.groups), strict=True)
+        logger.info(
+            "%d groups, %s prompts from %s: constitutions %d to %d, responses %d to %d, "
+            "mean tokens of a prompt %.1f, of a response %.1f",
+            len(data),
+            "chat" if template.chat else "plain",
+            template.name,
+            *(min(C), max(C), min(R), max(R)),
+            mean(len(prompt) for group in data.groups for prompt in group.prompts),
+            mean(len(response) for group in data.groups for response in group.responses),
+        )
+        return data
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: PromptTemplate | str | Path = "query_first",
+        *,
+        split: str | None = None,
+        limit: int | None = None,
+        fields: Mapping[str, str] | None = None,
+        load_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> GroupDataset:
+        """`load_examples`, then `from_examples`."""
+        examples = load_examples(source, split=split, limit=limit, fields=fields, load_options=load_options)
+        return cls.from_examples(examples, tokenizer, template, **options)
+
+
+def train_test_split(
+    examples: Sequence[Example], held_out: int | float, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
+    """Hold out `held_out` examples (int) or that share of them (float in (0, 1)); both parts keep their order.
+
+    Raises:
+        ValueError: `held_out` leaves one part empty.
+    """
+    count = held_out if type(held_out) is int else round(held_out * len(examples))
+    if not 0 < count < len(examples):
+        raise ValueError(f"held_out: expected 1 to {len(examples) - 1} of {len(examples)} examples, got {held_out!r}")
+    chosen = set(random.Random(seed).sample(range(len(examples)), count))
+    train = [example for index, example in enumerate(examples) if index not in chosen]
+    test = [examples[index] for index in sorted(chosen)]
+    if shared := {example.query for example in train} & {example.query for example in test}:
+        logger.warning("%d queries are in the training and in the held-out part", len(shared))
+    return train, test

@@ -87,7 +87,7 @@ def prefix_attention_forward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention output [T, Hq, Dv] and log-sum-exp [T, Hq] (sinks included), by online softmax over a token's ancestors."""
+    """Output [T, Hq, Dv] and log-sum-exp [T, Hq] (sinks included), by online softmax over a token's ancestors."""
     T, Hq, _ = q.shape
     Hkv, Dv = k.shape[1], v.shape[2]
     group = Hq // Hkv

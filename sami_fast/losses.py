@@ -73,9 +73,8 @@ def _from_matrices(scores, positives) -> tuple[torch.Tensor, torch.Tensor, list[
     if not matrices or any(matrix.dim() != 2 or matrix.numel() == 0 for matrix in matrices):
         raise ValueError(f"scores: expected [C, R] matrices, got {[list(matrix.shape) for matrix in matrices]}")
     shapes = [tuple(matrix.shape) for matrix in matrices]
-    if positives is None or not len(positives) or not isinstance(positives[0], (Sequence, torch.Tensor)):
-        positives = [positives] * len(matrices)
-    elif isinstance(positives, torch.Tensor) and positives.dim() == 1:
+    one_for_all = positives is None or len(positives) == 0 or torch.as_tensor(positives[0]).dim() == 0
+    if one_for_all:
         positives = [positives] * len(matrices)
     if len(positives) != len(matrices):
         raise ValueError(f"positives: expected {len(matrices)} lists, one per matrix, got {len(positives)}")

@@ -1,7 +1,7 @@
 """The ops: validation, the one backend switch, and registration with `torch.library`.
 
-Every op takes `backend=None | "reference"`; None picks the best one that is implemented for the tensors' device, and the
-choice is logged once. Implementations live in `sami_fast.kernels`, are imported on first use, and never import each other.
+Every op takes `backend`: None picks the best one for the tensors' device, and the choice is logged once.
+Implementations live in `sami_fast.kernels`, are imported on first use, and never import each other.
 """
 
 import functools
@@ -54,7 +54,7 @@ def _resolve(op: str, backend: str | None, device: torch.device) -> str:
     return backend
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(op: str, backend: str, device_type: str) -> ModuleType:
     logger.info("%s runs on backend %r (%s tensors)", op, backend, device_type)
     return importlib.import_module(_IMPLEMENTATIONS[op][backend])
@@ -523,15 +523,15 @@ def segment_infonce(
 
     Args:
         token_logprobs: [N] floating point, pair by pair.
-        offsets: [S + 1] int64; tokens of pair s are `offsets[s]:offsets[s + 1]`. A pair without tokens is not scored: its
-            entry is -inf and takes no part.
+        offsets: [S + 1] int64; tokens of pair s are `offsets[s]:offsets[s + 1]`. A pair without tokens is not scored:
+            its entry is -inf and takes no part.
         shapes: (C, R) of each group; pair `j * R + k` of a group is prompt j with response k.
         positives: [sum(R)] int64, g of every group end to end.
         normalize: "mean" or "sum" over a response's tokens.
 
     Returns:
-        loss [B], differentiable; matrix [S]; metrics [B, 3]: mutual information in nats, the mean of log C - column loss
-        and log R - row loss, and the shares of rows and of columns whose positive is strictly above every negative.
+        loss [B], differentiable; matrix [S]; metrics [B, 3]: mutual information in nats, the mean of log C - column
+        loss and log R - row loss; shares of rows and of columns whose positive is strictly above every negative.
 
     Raises:
         ValueError: a shape, dtype, device or option that does not fit, by name.

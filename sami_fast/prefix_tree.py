@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ class PackedTree:
         ids: name of each group, None where it has none.
         whole_tokens: tokens of every scored sequence run by itself.
         max_token_id, max_length: largest token id and longest sequence, host integers for checks without a sync.
-        unscored_positive: (group, prompt, response) of a positive pair that a mask leaves out, None when all are scored.
+        unscored_positive: (group, prompt, response) of a positive pair that a mask leaves out, else None.
     """
 
     input_ids: torch.Tensor
@@ -201,9 +202,7 @@ class PackedTree:
 
     def _map(self, move, plan: AttentionPlan) -> PackedTree:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, plan=plan, **{name: move(t) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
-        )
+        return replace(self, plan=plan, **{name: move(t) for name, t in tensors.items() if isinstance(t, torch.Tensor)})
 
     def to(self, device: torch.device | str) -> PackedTree:
         """The same pack on `device`."""
@@ -355,7 +354,7 @@ def _build_tree(group: Group) -> _Tree:
     close(0)
 
     chunk_length, chunk_depth = np.array(chunk_rows).T
-    run_start, run_length, run_end = np.array(sorted(runs)).T
+    _, run_length, run_end = np.array(sorted(runs)).T
     span_start, span_length = np.array(sorted(spans)).T[2:]
     pair_tokens = np.zeros(C * R, dtype=np.int64)
     pair_tokens[pairs] = [len(group.responses[pair % R]) for pair in pairs]
@@ -379,10 +378,10 @@ def _ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def _depth_first_order(sequences: list[bytes]) -> tuple[list[int], list[int]]:
-    """Order of the sequences along the trie, children by first appearance, and tokens each shares with the one before."""
+    """Order along the trie, children by first appearance, and how many tokens each shares with the one before."""
     order = np.array(sorted(range(len(sequences)), key=sequences.__getitem__))
     tokens = [np.frombuffer(sequences[index], dtype=np.int32) for index in order]
-    common = np.array([0] + [_common_prefix(a, b) for a, b in zip(tokens, tokens[1:], strict=False)])
+    common = np.array([0] + [_common_prefix(a, b) for a, b in pairwise(tokens)])
     result: list[int] = []
     shared: list[int] = []
     stack = [(0, len(sequences), 0)]
@@ -395,7 +394,7 @@ def _depth_first_order(sequences: list[bytes]) -> tuple[list[int], list[int]]:
         inner = common[low + 1 : high]
         branch = int(inner.min())
         cuts = [low, *(np.flatnonzero(inner == branch) + low + 1).tolist(), high]
-        children = sorted((int(order[a:b].min()), a, b) for a, b in zip(cuts, cuts[1:], strict=False))
+        children = sorted((int(order[a:b].min()), a, b) for a, b in pairwise(cuts))
         entries = [(a, b, before if i == 0 else branch) for i, (_, a, b) in enumerate(children)]
         stack.extend(reversed(entries))
     return result, shared

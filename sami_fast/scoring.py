@@ -101,8 +101,8 @@ def _tree_attention(
     """The attention function registered with transformers: [1, H, T, D] in, [1, T, Hq, Dv] out."""
     if prefix_tree is None:
         raise UnsupportedModelError(
-            f"model: {type(module).__name__} dropped the keyword arguments of `forward` on the way to its attention, so "
-            "it cannot be scored over a prefix tree"
+            f"model: {type(module).__name__} dropped the keyword arguments of `forward` on the way to its attention, "
+            "so it cannot be scored over a prefix tree"
         )
     if attention_mask is not None:
         raise prefix_tree.unsupported(f"{type(module).__name__} brings an attention mask of its own")
@@ -418,7 +418,7 @@ def _check_inputs(model: nn.Module, config, name: str, packed: PackedTree, vocab
         raise UnsupportedModelError(f"model: {name} is an encoder-decoder; expected a causal LM")
     if getattr(model, "_is_stateful", False) or any(isinstance(module, nn.Conv1d) for module in model.modules()):
         raise UnsupportedModelError(
-            f"model: {name} cannot be scored over a prefix tree: it carries state from token to token outside of attention"
+            f"model: {name} cannot be scored over a prefix tree: it carries state from token to token beside attention"
         )
     if packed.max_token_id >= vocab_size:
         raise ValueError(
@@ -441,8 +441,8 @@ def _check_inputs(model: nn.Module, config, name: str, packed: PackedTree, vocab
         original = parameters.get("original_max_position_embeddings") or limit
         if kind in ("dynamic", "longrope") and original is not None and packed.max_length > original:
             raise UnsupportedModelError(
-                f"model: the {kind} RoPE of {name} changes with the sequence length beyond {original} tokens, so prefixes "
-                f"are not shared; got a sequence of {packed.max_length}"
+                f"model: the {kind} RoPE of {name} changes with the sequence length beyond {original} tokens, so "
+                f"prefixes are not shared; got a sequence of {packed.max_length}"
             )
     device = model.get_input_embeddings().weight.device
     if packed.device != device:
@@ -453,7 +453,8 @@ def _check_layers(call: _TreeCall, config, packed: PackedTree) -> None:
     """Every layer must have attended through us, with the window that its config promises."""
     if len(call.windows) != config.num_hidden_layers:
         raise call.unsupported(
-            f"{len(call.windows)} of its {config.num_hidden_layers} layers attend through transformers' AttentionInterface"
+            f"{len(call.windows)} of its {config.num_hidden_layers} layers attend through transformers' "
+            "AttentionInterface"
         )
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and packed.max_length > (getattr(config, "sliding_window", None) or packed.max_length):

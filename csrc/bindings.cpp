@@ -1,0 +1,122 @@
+// The Python face of csrc/: addresses, sizes and a stream in, exceptions out. Memory is the caller's.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "segment_infonce.cuh"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+using sami_fast::SegmentInfonceArgs;
+
+namespace {
+
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+template <typename T>
+T* address(uintptr_t value, const char* name) {
+  if (value == 0) throw py::value_error(std::string(name) + ": expected the address of a tensor's data, got 0");
+  return reinterpret_cast<T*>(value);
+}
+
+template <typename Offset>
+void run_groups(const SegmentInfonceArgs& args) {
+  sami_fast::GroupState state;
+  std::vector<float> staged(static_cast<size_t>(args.max_cells) + sami_fast::kMaxSide);
+  const sami_fast::Team<1> alone{0, 1, 0};
+  for (int b = 0; b < args.groups; ++b) {
+    sami_fast::segment_infonce_group<Offset>(alone, args, b, state, staged.data(), static_cast<int>(staged.size()));
+  }
+}
+
+void segment_infonce_host(const SegmentInfonceArgs& args) {
+  args.offsets_are_int64 ? run_groups<int64_t>(args) : run_groups<int32_t>(args);
+}
+
+void segment_infonce_cuda(const SegmentInfonceArgs& args, uintptr_t stream) {
+  check(sami_fast::segment_infonce(args, reinterpret_cast<cudaStream_t>(stream)), "segment_infonce");
+}
+
+constexpr const char* kDoc = R"(Symmetric InfoNCE of B ragged groups, its metrics and its gradient.
+
+Every tensor is passed as the address of its contiguous data (`tensor.data_ptr()`); nothing is allocated.
+
+Args:
+    token_logprobs: [N] fp32.
+    offsets: [S + 1] int32 or int64 (`offsets_bits`: 32 or 64), from 0 to N: pair s owns tokens
+        offsets[s]:offsets[s + 1]; a pair without tokens is not scored.
+    shapes: [B, 4] int32, 16-byte aligned: constitutions and responses (1 to 256 each; else the group's loss is NaN),
+        index of the group's first pair, index of its first response. Pair (j, k) is number j * responses + k.
+    positives: [sum of responses] int32, constitution of each response (out of range: the group's loss is NaN).
+    groups: B.
+    max_cells: largest constitutions * responses. Groups above it are computed just as well, only slower.
+    normalize: "mean" or "sum" of a pair's tokens.
+    loss: [B] fp32, written.
+    metrics: [B, 3] fp32, written: mutual information (nats), row accuracy, column accuracy.
+    matrix: [S] fp32, written; -inf where a pair is not scored.
+    token_grad: [N] fp32, written: d(loss of the token's group) / d(token_logprobs). 0: not wanted.
+
+Raises:
+    ValueError: a null address, a negative size, another `offsets_bits` or `normalize`.
+)";
+
+// Extra: the parameters of one variant beyond those above.
+template <typename... Extra, typename Run, typename... ExtraArgs>
+void define(py::module_& m, const char* name, const std::string& doc, Run run, ExtraArgs... extra_args) {
+  m.def(
+      name,
+      [run](uintptr_t token_logprobs, uintptr_t offsets, int offsets_bits, uintptr_t shapes, uintptr_t positives,
+            int groups, int max_cells, const std::string& normalize, uintptr_t loss, uintptr_t metrics,
+            uintptr_t matrix, uintptr_t token_grad, Extra... extra) {
+        if (offsets_bits != 32 && offsets_bits != 64) {
+          throw py::value_error("offsets_bits: expected 32 or 64, got " + std::to_string(offsets_bits));
+        }
+        if (normalize != "mean" && normalize != "sum") {
+          throw py::value_error("normalize: expected 'mean' or 'sum', got '" + normalize + "'");
+        }
+        if (groups < 0) throw py::value_error("groups: expected 0 or more, got " + std::to_string(groups));
+        if (max_cells < 0) throw py::value_error("max_cells: expected 0 or more, got " + std::to_string(max_cells));
+        if (groups == 0) return;
+        SegmentInfonceArgs args{};
+        args.token_logprobs = reinterpret_cast<const float*>(token_logprobs);  // null when no pair has a token
+        args.offsets = address<const void>(offsets, "offsets");
+        args.offsets_are_int64 = offsets_bits == 64;
+        args.shapes = address<const sami_fast::GroupShape>(shapes, "shapes");
+        args.positives = address<const int32_t>(positives, "positives");
+        args.groups = groups;
+        args.max_cells = std::min(max_cells, sami_fast::kMaxSide * sami_fast::kMaxSide);
+        args.mean = normalize == "mean";
+        args.loss = address<float>(loss, "loss");
+        args.metrics = address<float>(metrics, "metrics");
+        args.matrix = address<float>(matrix, "matrix");
+        args.token_grad = reinterpret_cast<float*>(token_grad);
+        py::gil_scoped_release release;
+        run(args, extra...);
+      },
+      py::kw_only(), "token_logprobs"_a, "offsets"_a, "offsets_bits"_a, "shapes"_a, "positives"_a, "groups"_a,
+      "max_cells"_a, "normalize"_a, "loss"_a, "metrics"_a, "matrix"_a, "token_grad"_a, extra_args..., doc.c_str());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CUDA C++ kernels of sami_fast.";
+  m.def(
+      "cuda_version",
+      [] { return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10); },
+      "Version of the CUDA toolkit this module was built with, such as '13.0'.");
+  define<uintptr_t>(m, "segment_infonce_cuda",
+                    std::string(kDoc) +
+                        "    RuntimeError: the launch failed; the message is CUDA's.\n\n"
+                        "Device addresses, launched on `stream` (a cudaStream_t) of the current device.\n",
+                    segment_infonce_cuda, "stream"_a);
+  define<>(m, "segment_infonce_host",
+           std::string(kDoc) + "\nHost addresses: the kernel's arithmetic compiled for the CPU.\n",
+           segment_infonce_host);
+}

@@ -1,0 +1,225 @@
+"""The command line: `sami-fast train`, `score`, `demo`, `info`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_TRAIN_HELP = """\
+Train a causal LM with SAMI on groups of constitutions and responses.
+
+The configuration is a YAML file, key=value overrides, or both:
+
+  model:    {name: HuggingFaceTB/SmolLM2-135M-Instruct, dtype: auto}
+  data:     {source: groups.jsonl, held_out: 0.1, template: query_first}
+  training: {output_dir: runs/first, learning_rate: 5e-7, max_tokens: 16384, num_train_epochs: 1}
+  lora:     {r: 16, lora_alpha: 32}        # optional: train adapters instead of all weights
+
+  sami-fast train config.yaml
+  sami-fast train config.yaml training.learning_rate=1e-6 data.limit=100
+  sami-fast train data.source=groups.jsonl training.output_dir=runs/first
+
+A line of groups.jsonl holds one query with its constitutions and responses; response k was written under
+constitution k, or under constitution positives[k]:
+
+  {"query": "...", "constitutions": ["...", "..."], "responses": ["...", "..."]}
+
+training takes every argument of transformers.TrainingArguments (batch sizes count groups) and max_tokens, normalize,
+beta, master_weights, check_model. The model, its tokenizer and metrics.json end up in output_dir. A run that was
+killed goes on from its last checkpoint with --resume.
+"""
+
+_SCORE_HELP = """\
+Score groups: the C x R matrix of each, its mutual information in nats and its accuracies.
+
+  sami-fast score model.name=bundled data.source=groups.jsonl output=scores.jsonl heat_map=scores.png
+
+Keys: model and data as for `train` (see sami-fast train --help), and
+  output       JSON Lines file, one group a line
+  heat_map     PNG file; the first heat_map_groups (default 8) groups
+  max_tokens   packed tokens of one forward pass (default 16384)
+  normalize    mean (default) or sum over a response's tokens
+"""
+
+_DEMO_HELP = """\
+See SAMI work, on a CPU, in minutes: the bundled SmolLM2-135M-Instruct answers short questions under two contrasting
+constitutions, is trained on its own answers through the prefix tree, and held-out mutual information is shown before
+and after. Leaves a report folder: metrics.json, mutual_information.png, heat maps, samples.md.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "filelock", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    commands = {"train": _train, "score": _score, "demo": _demo, "info": _info}
+    try:
+        commands[options.command](options)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        if options.traceback:
+            raise
+        print(f"sami-fast {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="sami-fast",
+        formatter_class=raw,
+        description="Contrastive alignment over prefix trees (SAMI, arXiv 2404.14313).",
+        epilog="sami-fast COMMAND --help explains a command with examples.",
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=text, formatter_class=raw, parents=[common])
+
+    for name, summary, text in (
+        ("train", "train a model on groups", _TRAIN_HELP),
+        ("score", "score groups, draw heat maps", _SCORE_HELP),
+    ):
+        command = add(name, summary, text)
+        command.add_argument("config", nargs="?", help="YAML file; may be left out")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file")
+        if name == "train":
+            command.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    demo = add("demo", "see it work, on a CPU, in minutes", _DEMO_HELP)
+    demo.add_argument("--model", default="bundled", help="folder or hub name of a chat model (default: bundled)")
+    demo.add_argument("--output", default="demo-report", help="report folder (default: %(default)s)")
+    demo.add_argument("--queries", type=int, help="use only so many queries")
+    demo.add_argument("--steps", type=int, help="optimiser steps")
+    demo.add_argument("--seed", type=int, default=0)
+    add("info", "what is installed and which backends are available", "Versions, devices and backends.")
+    return parser
+
+
+def _read(options: argparse.Namespace, sections: Sequence[str]) -> dict:
+    from sami_fast.config import check_keys, read_config
+
+    path, overrides = options.config, options.overrides
+    if path is not None and "=" in path and not os.path.exists(path):
+        path, overrides = None, [path, *overrides]
+    config = read_config(path, overrides)
+    check_keys("", config, sections)
+    return config
+
+
+def _train(options: argparse.Namespace) -> None:
+    from sami_fast.config import DataConfig, ModelConfig, build, load_model
+    from sami_fast.data import GroupDataset, PromptTemplate, load_examples, train_test_split
+    from sami_fast.report import write_json
+    from sami_fast.trainer import SamiConfig, SamiTrainer
+
+    config = _read(options, ("model", "data", "training", "lora"))
+    model_config = build(ModelConfig, "model", config.get("model", {}))
+    data = build(DataConfig, "data", config.get("data", {}))
+    training = dict(config.get("training", {}))
+    if not training.get("output_dir"):
+        raise ValueError("training.output_dir: expected a folder, got nothing")
+    args = build(SamiConfig, "training", training)
+    template = PromptTemplate.load(data.template)
+    examples = load_examples(data.source, split=data.split, limit=data.limit, fields=data.fields)
+    held_out = []
+    if data.eval_source is not None or data.eval_split is not None:
+        held_out = load_examples(data.eval_source or data.source, split=data.eval_split, fields=data.fields)
+    elif data.held_out is not None:
+        examples, held_out = train_test_split(examples, data.held_out, data.seed)
+    peft_config = None
+    if "lora" in config:
+        from peft import LoraConfig
+
+        peft_config = build(LoraConfig, "lora", {"task_type": "CAUSAL_LM", **(config["lora"] or {})})
+
+    model, tokenizer = load_model(model_config)
+    tokenize = dict(template=template, chat=data.chat, score_eos=data.score_eos, max_length=data.max_length)
+    trainer = SamiTrainer(
+        model,
+        args,
+        GroupDataset.from_examples(examples, tokenizer, **tokenize),
+        GroupDataset.from_examples(held_out, tokenizer, **tokenize) if held_out else None,
+        peft_config=peft_config,
+        processing_class=tokenizer,
+    )
+    metrics = {"before": trainer.evaluate()} if held_out and not options.resume else {}
+    trainer.train(resume_from_checkpoint=options.resume or None)
+    if held_out:
+        metrics["after"] = trainer.evaluate()
+    trainer.save_model()
+    write_json(Path(args.output_dir) / "metrics.json", metrics | {"log": trainer.state.log_history})
+
+
+def _score(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from sami_fast.config import DataConfig, ModelConfig, build, load_model
+    from sami_fast.data import GroupDataset, PromptTemplate, load_examples
+    from sami_fast.evaluation import score_groups, summarize
+    from sami_fast.report import draw_heat_maps, write_json_lines
+    from sami_fast.scoring import check_model
+
+    known = ("model", "data", "output", "heat_map", "heat_map_groups", "max_tokens", "normalize")
+    config = _read(options, known)
+    model_config = build(ModelConfig, "model", config.get("model", {}))
+    data = build(DataConfig, "data", config.get("data", {}))
+    template = PromptTemplate.load(data.template)
+    examples = load_examples(data.source, split=data.split, limit=data.limit, fields=data.fields)
+    model, tokenizer = load_model(model_config)
+    check_model(model)
+    groups = GroupDataset.from_examples(
+        examples, tokenizer, template, chat=data.chat, score_eos=data.score_eos, max_length=data.max_length
+    ).groups
+    packing = {key: config[key] for key in ("max_tokens", "normalize") if key in config}
+    console = Console()
+    rows = track(score_groups(model, groups, **packing), "scoring", total=len(groups), console=Console(stderr=True))
+    results = list(rows)
+    table = Table(title=f"{len(results)} groups, {model_config.name}")
+    for heading in ("metric", "mean", "95 % interval"):
+        table.add_column(heading)
+    for name, numbers in summarize(results).items():
+        table.add_row(name, f"{numbers['mean']:.4f}", f"{numbers['low']:.4f} to {numbers['high']:.4f}")
+    console.print(table)
+    if config.get("output"):
+        write_json_lines(config["output"], [result.as_json() for result in results])
+    if config.get("heat_map"):
+        draw_heat_maps(config["heat_map"], results[: config.get("heat_map_groups", 8)], title=model_config.name)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from sami_fast.demo import run_demo
+
+    run_demo(options.model, Path(options.output), queries=options.queries, steps=options.steps, seed=options.seed)
+
+
+def _info(options: argparse.Namespace) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from sami_fast import __version__, backends
+
+    print(f"sami_fast {__version__}, Python {sys.version.split()[0]}")
+    for package in ("torch", "triton", "transformers", "accelerate", "peft", "flash-attn"):
+        try:
+            print(f"  {package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"  {package} not installed")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices: cpu ({torch.get_num_threads()} threads){''.join(', ' + name for name in devices)}")
+    for backend, status in backends().items():
+        print(f"backend {backend}: {status}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Constitutions: short lists of principles that a response is to follow, sampled so that they contrast.
+
+Two files are read. Ours lists attributes, each with a principle and its antithesis, and the attributes used by default:
+
+    {"default": ["brevity"],
+     "attributes": [{"attribute": "brevity", "principle": "Answer in one ...", "antithesis": "Answer at length ..."}]}
+
+The other is the one published with the paper (arXiv 2404.14313): ready-made pairs, each
+`{"positive": text, "negative": text, "identifiers": {"positive": ["pos concise", ...], "negative": [...]}}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Side = Literal["principle", "antithesis"]
+
+
+@dataclass(frozen=True)
+class Principle:
+    """What to do about one attribute of a response, and its opposite."""
+
+    attribute: str
+    principle: str
+    antithesis: str
+
+
+@dataclass(frozen=True)
+class Constitution:
+    """The text that is shown to the model, and the side it takes in each attribute."""
+
+    text: str
+    identifiers: Mapping[str, Side]
+
+
+def load_principles(path: str | os.PathLike[str], attributes: Sequence[str] | None = None) -> list[Principle]:
+    """Principles of the named attributes, in that order; of the file's `default`, or of all, when None.
+
+    Raises:
+        ValueError: the file, the field in it, what was expected and what came; or an attribute it does not have.
+    """
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object with 'attributes', got {_kind(content)}")
+    entries = content.get("attributes")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: 'attributes': expected a list with at least one entry, got {_kind(entries)}")
+    found: dict[str, Principle] = {}
+    for i, entry in enumerate(entries):
+        where = f"{path}: attributes[{i}]"
+        fields = ("attribute", "principle", "antithesis")
+        principle = Principle(*(_text(entry, field, where) for field in fields))
+        if unknown := set(entry) - set(fields):
+            raise ValueError(f"{where}: expected the fields {', '.join(fields)}, got also {', '.join(sorted(unknown))}")
+        if principle.attribute in found:
+            raise ValueError(f"{where}.attribute: {principle.attribute!r} is listed already")
+        if principle.principle == principle.antithesis:
+            raise ValueError(f"{where}.antithesis: expected the opposite of 'principle', got the same text")
+        found[principle.attribute] = principle
+    names, source = attributes, "attributes"
+    if names is None:
+        names, source = content.get("default", list(found)), f"{path}: 'default'"
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise ValueError(f"{source}: expected a list of attributes, got {names!r}")
+    for name in names:
+        if not isinstance(name, str) or name not in found:
+            raise ValueError(f"{source}: expected attributes out of {', '.join(found)}, got {name!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{source}: expected each attribute once, got {list(names)}")
+    return [found[name] for name in names]
+
+
+def sample_constitutions(
+    principles: Sequence[Principle], count: int, *, seed: int, query_id: str = ""
+) -> list[Constitution]:
+    """`count` constitutions for one query, any two of which take opposite sides in at least one attribute.
+
+    The draw depends on `seed` and `query_id` alone. The order of the principles is shuffled once for the query and is
+    the same in its constitutions, so that only what they ask for tells them apart.
+
+    Raises:
+        ValueError: `count` is below 1 or above 2 ** len(principles), the number of different constitutions.
+    """
+    most = 2 ** len(principles)
+    if not 1 <= count <= most:
+        raise ValueError(f"count: expected 1 to {most} constitutions of {len(principles)} attribute(s), got {count}")
+    generator = random.Random(f"{seed}/{query_id}")
+    order = generator.sample(list(principles), len(principles))
+    sides: tuple[Side, Side] = ("principle", "antithesis")
+    constitutions = []
+    for code in generator.sample(range(most), count):
+        chosen = {principle.attribute: sides[code >> i & 1] for i, principle in enumerate(order)}
+        lines = [getattr(principle, chosen[principle.attribute]) for principle in order]
+        text = lines[0] if len(lines) == 1 else "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
+        constitutions.append(Constitution(text, chosen))
+    return constitutions
+
+
+def load_constitution_pairs(path: str | os.PathLike[str]) -> list[tuple[Constitution, Constitution]]:
+    """(positive, negative) pairs from a file in the format published with the paper.
+
+    Raises:
+        ValueError: the file, the field in it, what was expected and what came.
+    """
+    content = _read_json(path)
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path}: expected a list of constitution pairs, got {_kind(content)}")
+    pairs = []
+    for i, entry in enumerate(content):
+        where = f"{path}: [{i}]"
+        texts = {name: _text(entry, name, where) for name in ("positive", "negative")}
+        identifiers = entry.get("identifiers", {})
+        if not isinstance(identifiers, dict):
+            raise ValueError(f"{where}.identifiers: expected an object, got {_kind(identifiers)}")
+        sides = {name: _sides(identifiers.get(name, []), f"{where}.identifiers.{name}") for name in texts}
+        if texts["positive"] == texts["negative"]:
+            raise ValueError(f"{where}.negative: expected a text that differs from 'positive', got the same")
+        pairs.append(tuple(Constitution(texts[name], sides[name]) for name in ("positive", "negative")))
+    return pairs
+
+
+def _sides(labels: Any, where: str) -> dict[str, Side]:
+    known: dict[str, Side] = {"pos": "principle", "neg": "antithesis"}
+    split = [str(label).split(maxsplit=1) for label in labels] if isinstance(labels, list) else [[]]
+    if any(len(parts) != 2 or parts[0] not in known for parts in split):
+        raise ValueError(f"{where}: expected a list such as ['pos concise', 'neg comprehensive'], got {labels!r}")
+    return {attribute: known[sign] for sign, attribute in split}
+
+
+def _text(entry: Any, field: str, where: str) -> str:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected an object, got {_kind(entry)}")
+    value = entry.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}.{field}: expected a text, got {_kind(value)}")
+    return value.strip()
+
+
+def _read_json(path: str | os.PathLike[str]) -> Any:
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path}: expected JSON: {error}") from None
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else "an empty text" if value == "" else repr(value)[:60]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -96,8 +97,11 @@ def iter_responses(
         progress: show a progress bar.
 
     Raises:
-        ValueError: an argument out of range, an empty prompt, or one that leaves no room for `max_new_tokens`.
+        ValueError: an argument out of range, an empty prompt, or one that leaves no room for `max_new_tokens`;
+            before anything is generated.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts: expected a list of texts or token ids, got one text")
     for name, value in (
         ("max_new_tokens", max_new_tokens),
         ("batch_size", batch_size),
@@ -105,8 +109,8 @@ def iter_responses(
     ):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature: expected at least 0, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")
     stop = [stop] if isinstance(stop, str) else list(stop or ())

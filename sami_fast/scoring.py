@@ -10,26 +10,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
 
 from sami_fast import ops
-from sami_fast.prefix_tree import AttentionPlan, Group, PackedTree, pack
+from sami_fast.prefix_tree import Group, PackedTree, pack
+from sami_fast.tree_attention import TreeCall, UnsupportedModelError, autocast, tree_mode
 
 logger = logging.getLogger(__name__)
 
-_ATTENTION = "sami_fast"
 _LOGIT_BYTES = 64 << 20  # one chunk of logits of a head that is no plain Linear
-
-
-class UnsupportedModelError(ValueError):
-    """The model's architecture cannot be scored exactly over a prefix tree."""
 
 
 @dataclass(frozen=True)
@@ -65,135 +60,6 @@ class Scores:
         """[B, C, R] when all groups have one shape, else a list of [C, R]."""
         matrices = self.matrices
         return torch.stack(matrices) if len(set(self.packed.shapes)) == 1 else matrices
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Attention hookup
-
-
-@dataclass
-class _TreeCall:
-    """What travels through `model.forward` to every attention layer, and what the layers leave behind."""
-
-    plan: AttentionPlan
-    model_name: str
-    backend: str | None
-    windows: dict[int, int | None] = field(default_factory=dict)  # layer -> its sliding window
-
-    def unsupported(self, reason: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"model: {self.model_name} cannot be scored over a prefix tree: {reason}")
-
-
-def _tree_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    prefix_tree: _TreeCall | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """The attention function registered with transformers: [1, H, T, D] in, [1, T, Hq, Dv] out."""
-    if prefix_tree is None:
-        raise UnsupportedModelError(
-            f"model: {type(module).__name__} dropped the keyword arguments of `forward` on the way to its attention, "
-            "so it cannot be scored over a prefix tree"
-        )
-    if attention_mask is not None:
-        raise prefix_tree.unsupported(f"{type(module).__name__} brings an attention mask of its own")
-    if kwargs.get("position_bias") is not None or kwargs.get("is_causal") is False:
-        raise prefix_tree.unsupported(f"{type(module).__name__} asks for a position bias or for non-causal attention")
-    if dropout:
-        raise ValueError(
-            f"model: attention dropout must be 0 to score exactly, got {dropout} in {type(module).__name__}"
-        )
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise prefix_tree.unsupported(f"{type(module).__name__} attends from {query.shape[2]} to {key.shape[2]} tokens")
-    prefix_tree.windows[getattr(module, "layer_idx", id(module))] = sliding_window
-    q, k, v = (_autocast(states[0].transpose(0, 1)) for states in (query, key, value))
-    out = ops.prefix_attention(
-        q,
-        k,
-        v,
-        prefix_tree.plan,
-        scale=scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-        backend=prefix_tree.backend,
-    )
-    return out[None], None
-
-
-def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """What autocast does to the inputs of PyTorch's own attention and linear layers, for ops that it does not know."""
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
-
-
-AttentionInterface.register(_ATTENTION, _tree_attention)
-
-
-@contextlib.contextmanager
-def _attention_setting(configs: list) -> Iterator[None]:
-    """Every config of the model says `sami_fast` inside and what it said before outside."""
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = _ATTENTION
-        yield
-    finally:
-        for config, setting in zip(configs, before, strict=True):
-            config._attn_implementation = setting
-
-
-def _configs(model: nn.Module) -> list:
-    """Distinct configs of the model and its parts, innermost last (setting one sets its sub-configs)."""
-    found = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation"):
-            pending = [config]
-            while pending:
-                current = pending.pop()
-                found.setdefault(id(current), current)
-                pending += [sub for name in current.sub_configs if (sub := getattr(current, name, None)) is not None]
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def _tree_mode(model: nn.Module) -> Iterator[None]:
-    """Tree attention inside, also when activation checkpointing runs a layer again during a later backward."""
-    configs = _configs(model)
-    originals: list[tuple[nn.Module, str, Callable]] = []
-    for module in model.modules():
-        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
-            if callable(original := module.__dict__.get(name)):
-                originals.append((module, name, original))
-
-    def in_tree_mode(original: Callable) -> Callable:
-        def run(function: Callable, *args, **kwargs):
-            def layer(*layer_args, **layer_kwargs):
-                with _attention_setting(configs):
-                    return function(*layer_args, **layer_kwargs)
-
-            return original(layer, *args, **kwargs)
-
-        return run
-
-    try:
-        for module, name, original in originals:
-            setattr(module, name, in_tree_mode(original))
-        with _attention_setting(configs):
-            yield
-    finally:
-        for module, name, original in originals:
-            setattr(module, name, original)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -370,17 +236,17 @@ def _predicting_states(model: nn.Module, packed: PackedTree, backend: str | None
     taken: list[torch.Tensor] = []
 
     def take(_module: nn.Module, args: tuple) -> tuple:
-        taken.append(_autocast(args[0]))
+        taken.append(autocast(args[0]))
         return (args[0][:, :1], *args[1:])  # one row: the model's own logits are only compared with ours, once
 
     raw: list[torch.Tensor] = []
-    call = _TreeCall(packed.plan, name, backend)
+    call = TreeCall(packed.plan, name, backend)
     hooks = [
         head.module.register_forward_pre_hook(take),
         head.module.register_forward_hook(lambda _module, _args, output: raw.append(output)),
     ]
     try:
-        with _tree_mode(inner):
+        with tree_mode(inner):
             output = model(
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],
@@ -449,7 +315,7 @@ def _check_inputs(model: nn.Module, config, name: str, packed: PackedTree, vocab
         raise ValueError(f"packed: expected tensors on {device} as the model is, got {packed.device}")
 
 
-def _check_layers(call: _TreeCall, config, packed: PackedTree) -> None:
+def _check_layers(call: TreeCall, config, packed: PackedTree) -> None:
     """Every layer must have attended through us, with the window that its config promises."""
     if len(call.windows) != config.num_hidden_layers:
         raise call.unsupported(

@@ -32,9 +32,9 @@ def _heads_first(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 
 
 def _tokens_first(x: torch.Tensor, T: int, dtype: torch.dtype) -> torch.Tensor:
-    """[Hkv, T * G, D] -> [T, H, D]."""
+    """[Hkv, T * G, D] -> contiguous [T, H, D]."""
     Hkv, rows, D = x.shape
-    return x.view(Hkv, T, rows // T, D).transpose(0, 1).reshape(T, Hkv * rows // T, D).to(dtype)
+    return x.view(Hkv, T, rows // T, D).transpose(0, 1).reshape(T, Hkv * rows // T, D).to(dtype).contiguous()
 
 
 def _blocks(

@@ -82,8 +82,8 @@ def _from_matrices(scores, positives) -> tuple[torch.Tensor, torch.Tensor, list[
     for (C, R), own in zip(shapes, positives, strict=True):
         if own is None and C != R:
             raise ValueError(f"positives: required when {C} prompts meet {R} responses, got None")
-        own = list(range(R)) if own is None else [int(j) for j in own]
-        if len(own) != R or any(not 0 <= j < C for j in own):
+        own = list(range(R)) if own is None else torch.as_tensor(own).tolist()
+        if len(own) != R or any(not isinstance(j, int) or not 0 <= j < C for j in own):
             raise ValueError(f"positives: expected {R} prompt indices in [0, {C}), got {own}")
         if missing := set(range(C)) - set(own):
             raise ValueError(f"positives: prompt {min(missing)} has no response of its own")

@@ -8,7 +8,11 @@ predict a response token meet the vocabulary.
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import logging
+import math
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -230,8 +234,9 @@ def _predicting_states(model: nn.Module, packed: PackedTree, backend: str | None
     head = _find_head(inner)
     config = inner.config.get_text_config(decoder=True)
     vocab_size = inner.get_input_embeddings().weight.shape[0]
-    name = type(inner.get_base_model() if hasattr(inner, "get_base_model") else inner).__name__
-    _check_inputs(inner, config, name, packed, vocab_size)
+    bare = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    name = type(bare).__name__
+    _check_inputs(bare, config, name, packed, vocab_size)
 
     taken: list[torch.Tensor] = []
 
@@ -265,12 +270,14 @@ def _predicting_states(model: nn.Module, packed: PackedTree, backend: str | None
             hook.remove()
     if len(taken) != 1 or taken[0].shape[1] != packed.num_tokens:
         raise call.unsupported("its output embedding does not see every token once")
-    _check_layers(call, config, packed)
+    _check_layers(call, bare, config, packed)
     if inner not in _verified:
         ours, theirs = head.finish(_widen(raw[0].detach())), _widen(output.logits.detach())
-        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+        error, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
+        if error > 1e-2 * size:
             raise call.unsupported("its logits are not softcap(scale * output_embedding(hidden)) as its config says")
-        _verified.add(inner)
+        if math.isfinite(error):  # NaN weights show in the scores; the head is looked at again
+            _verified.add(inner)
     # Embedding as a gather: its backward is a deterministic segment sum where branches share a predictor.
     hidden = nn.functional.embedding(packed.hidden_index, taken[0][0])
     return hidden, head, head.module.weight.shape[0] if head.is_plain else raw[0].shape[-1]
@@ -282,6 +289,11 @@ _verified: weakref.WeakSet = weakref.WeakSet()
 def _check_inputs(model: nn.Module, config, name: str, packed: PackedTree, vocab_size: int) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"model: {name} is an encoder-decoder; expected a causal LM")
+    forwards = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
+    if not any("position_ids" in inspect.signature(forward).parameters for forward in forwards):
+        raise UnsupportedModelError(
+            f"model: {name} cannot be scored over a prefix tree: its forward takes no position_ids"
+        )
     if getattr(model, "_is_stateful", False) or any(isinstance(module, nn.Conv1d) for module in model.modules()):
         raise UnsupportedModelError(
             f"model: {name} cannot be scored over a prefix tree: it carries state from token to token beside attention"
@@ -315,15 +327,18 @@ def _check_inputs(model: nn.Module, config, name: str, packed: PackedTree, vocab
         raise ValueError(f"packed: expected tensors on {device} as the model is, got {packed.device}")
 
 
-def _check_layers(call: TreeCall, config, packed: PackedTree) -> None:
+def _check_layers(call: TreeCall, model: nn.Module, config, packed: PackedTree) -> None:
     """Every layer must have attended through us, with the window that its config promises."""
     if len(call.windows) != config.num_hidden_layers:
         raise call.unsupported(
             f"{len(call.windows)} of its {config.num_hidden_layers} layers attend through transformers' "
             "AttentionInterface"
         )
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and packed.max_length > (getattr(config, "sliding_window", None) or packed.max_length):
+    window = getattr(config, "sliding_window", None)
+    if window is not None and packed.max_length > window:
+        # Families without a list of layer types slide in all layers, if they know how to make such a mask at all.
+        slides = hasattr(sys.modules.get(type(model).__module__), "create_sliding_window_causal_mask")
+        kinds = getattr(config, "layer_types", None) or ["sliding" if slides else "full"] * config.num_hidden_layers
         promised, got = sum("sliding" in kind for kind in kinds), sum(w is not None for w in call.windows.values())
         if promised != got:
             raise call.unsupported(f"{promised} layers have a sliding window and {got} passed it to their attention")
@@ -332,47 +347,48 @@ def _check_layers(call: TreeCall, config, packed: PackedTree) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # Guard of last resort
 
-_CHECK_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+_CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+_CHECK_COPY_WEIGHTS = 1_000_000_000
 
 
 @torch.no_grad()
 def check_model(model: nn.Module, *, seed: int = 0, backend: str | None = None) -> float:
     """Score a small random tree and, by plain forwards, each of its sequences; return the relative difference.
 
+    A 16-bit model of at most 10^9 weights is checked as a float32 copy, since rounding would hide mistakes; a larger
+    one as it is, where only mistakes beyond its rounding show.
+
     Raises:
-        UnsupportedModelError: when they differ beyond the rounding of the model's dtype (2e-2 relative in bfloat16,
-            5e-3 in float16, 1e-4 in float32, 1e-8 in float64), naming the model and the difference.
+        UnsupportedModelError: when they differ by more than 1e-6 in float64, 1e-4 in float32, 5e-3 in float16 or 2e-2
+            in bfloat16, naming the model and the difference.
     """
-    rng = np.random.default_rng(seed)
     embedding = model.get_input_embeddings().weight
+    small = sum(p.numel() for p in model.parameters()) <= _CHECK_COPY_WEIGHTS
+    subject = copy.deepcopy(model).float() if small and embedding.dtype in (torch.float16, torch.bfloat16) else model
+    dtype = subject.get_input_embeddings().weight.dtype
+    rng = np.random.default_rng(seed)
     vocab = embedding.shape[0]
     query, tail = rng.integers(0, vocab, 11), rng.integers(0, vocab, 4)
     prompts = [np.r_[query, rng.integers(0, vocab, 5)], np.r_[query, rng.integers(0, vocab, 9)]]
     responses = [np.r_[tail, rng.integers(0, vocab, 3)], np.r_[tail, rng.integers(0, vocab, 6)]]
     groups = [Group(prompts, responses), Group([rng.integers(0, vocab, 7)], [rng.integers(0, vocab, 5)])]
     packed = pack(groups).to(embedding.device)
-    training = model.training
-    model.eval()
+    training = subject.training
+    subject.eval()
     try:
-        tree = score(model, packed, backend=backend).token_logprobs.double()
-        plain = torch.cat([_plain_logprobs(model, p, r) for g in groups for p in g.prompts for r in g.responses])
+        with torch.autocast(embedding.device.type, enabled=False):
+            tree = score(subject, packed, backend=backend).token_logprobs.double()
+            plain = torch.cat([_plain_logprobs(subject, p, r) for g in groups for p in g.prompts for r in g.responses])
     finally:
-        model.train(training)
+        subject.train(training)
     difference = float((tree - plain).norm() / plain.norm())
-    dtype = (
-        torch.get_autocast_dtype(embedding.device.type)
-        if torch.is_autocast_enabled(embedding.device.type)
-        else embedding.dtype
-    )
-    limit = _CHECK_TOLERANCE[dtype]
+    name, limit = type(model).__name__, _CHECK_TOLERANCE[dtype]
     if not difference <= limit:
         raise UnsupportedModelError(
-            f"model: {type(model).__name__} scores a prefix tree differently from whole sequences: relative difference "
+            f"model: {name} scores a prefix tree differently from whole sequences: relative difference "
             f"{difference:.1e}, expected at most {limit:.0e} in {dtype}"
         )
-    logger.info(
-        "%s scores trees as it scores whole sequences (relative difference %.1e)", type(model).__name__, difference
-    )
+    logger.info("%s scores trees as it scores whole sequences (relative difference %.1e)", name, difference)
     return difference
 
 

@@ -59,14 +59,18 @@ def _tree_attention(
         )
     if attention_mask is not None:
         raise prefix_tree.unsupported(f"{type(module).__name__} brings an attention mask of its own")
-    if kwargs.get("position_bias") is not None or kwargs.get("is_causal") is False:
+    causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
+    if kwargs.get("position_bias") is not None or causal is False:
         raise prefix_tree.unsupported(f"{type(module).__name__} asks for a position bias or for non-causal attention")
     if dropout:
         raise ValueError(
             f"model: attention dropout must be 0 to score exactly, got {dropout} in {type(module).__name__}"
         )
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise prefix_tree.unsupported(f"{type(module).__name__} attends from {query.shape[2]} to {key.shape[2]} tokens")
+    tokens = prefix_tree.plan.subtree_end.shape[0]
+    if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
+        raise prefix_tree.unsupported(
+            f"{type(module).__name__} attends from {query.shape[2]} to {key.shape[2]} tokens, the tree has {tokens}"
+        )
     prefix_tree.windows[getattr(module, "layer_idx", id(module))] = sliding_window
     q, k, v = (autocast(states[0].transpose(0, 1)) for states in (query, key, value))
     out = ops.prefix_attention(

@@ -64,21 +64,59 @@ def infonce(matrix, positives):
     return (column_loss + row_loss) / 2, information, right_rows / C, right_columns / R
 
 
-def matrices(model, groups: list[Group], normalize: str = "mean") -> list[torch.Tensor]:
-    """Score every pair by a plain forward of the whole sequence; differentiable, in the model's own dtype."""
+def pair_logits(model, groups: list[Group]) -> list[torch.Tensor | None]:
+    """[tokens, V] logits of each pair's response by a plain forward of its whole sequence, None where masked.
+
+    Differentiable, in the model's own dtype but for 16-bit logits, which become float32 as in transformers' losses.
+    """
     results = []
     for group in groups:
-        rows = []
         for j, prompt in enumerate(group.prompts):
-            row = []
             for k, response in enumerate(group.responses):
                 if group.mask is not None and not group.mask[j][k]:
-                    row.append(torch.tensor(-math.inf))
+                    results.append(None)
                     continue
                 ids = torch.tensor([*prompt, *response])[None].to(model.device)
-                logp = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-                tokens = logp.gather(1, ids[0, 1:, None]).squeeze(1)[len(prompt) - 1 :]
-                row.append(tokens.mean() if normalize == "mean" else tokens.sum())
-            rows.append(torch.stack(row))
-        results.append(torch.stack(rows))
+                z = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+                results.append(z if z.dtype == torch.float64 else z.float())
+    return results
+
+
+def token_logits(model, groups: list[Group]) -> torch.Tensor:
+    """[N, V] logits at every scored token, in the order of `pack(groups).labels`."""
+    return torch.cat([z for z in pair_logits(model, groups) if z is not None])
+
+
+def matrices(model, groups: list[Group], normalize: str = "mean") -> list[torch.Tensor]:
+    """Score every pair by a plain forward of its whole sequence; differentiable, -inf where masked."""
+    remaining = iter(pair_logits(model, groups))
+    results = []
+    for group in groups:
+        entries = []
+        for pair in range(len(group.prompts) * len(group.responses)):
+            z = next(remaining)
+            if z is None:
+                entries.append(torch.tensor(-math.inf, device=model.device))
+                continue
+            labels = torch.tensor(group.responses[pair % len(group.responses)], device=z.device)
+            tokens = z.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+            entries.append(tokens.mean() if normalize == "mean" else tokens.sum())
+        results.append(torch.stack(entries).view(group.shape))
+    return results
+
+
+def padded_matrices(model, groups: list[Group], normalize: str = "mean") -> list[torch.Tensor]:
+    """As `matrices`, all sequences of a group in one right-padded batch, full logits: how it is done without a tree."""
+    results = []
+    for group in groups:
+        pairs = [(prompt, response) for prompt in group.prompts for response in group.responses]
+        sequences = [torch.tensor([*prompt, *response]) for prompt, response in pairs]
+        ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        tokens = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        rows = [t[len(p) - 1 : len(p) + len(r) - 1] for t, (p, r) in zip(tokens, pairs, strict=True)]
+        entries = [row.mean() if normalize == "mean" else row.sum() for row in rows]
+        results.append(torch.stack(entries).view(group.shape))
     return results

@@ -378,13 +378,3 @@ def segment_infonce_forward(
         grad_matrix = grad_matrix / lengths.clamp(min=1)
     grad_tokens = grad_matrix.repeat_interleave(lengths, output_size=token_logprobs.numel())
     return loss.to(dtype), matrix.to(dtype), metrics.to(dtype), grad_tokens.to(dtype)
-
-
-def segment_infonce_backward(
-    grad_loss: torch.Tensor, grad_tokens: torch.Tensor, offsets: torch.Tensor, shapes: torch.Tensor
-) -> torch.Tensor:
-    """Gradient of token_logprobs [N]: each group's upstream gradient times what the forward stored."""
-    cells = shapes.prod(dim=1).cumsum(0).to(offsets.device)
-    ends = offsets[cells]
-    per_group = ends.diff(prepend=ends.new_zeros(1))
-    return grad_tokens * grad_loss.to(grad_tokens.dtype).repeat_interleave(per_group, output_size=grad_tokens.numel())

@@ -23,7 +23,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "prefix_attention": {"reference": "sami_fast.kernels.reference"},
     "linear_logprob": {"reference": "sami_fast.kernels.reference"},
     "linear_kl": {"reference": "sami_fast.kernels.reference"},
-    "segment_infonce": {"reference": "sami_fast.kernels.reference"},
+    "segment_infonce": {"reference": "sami_fast.kernels.reference", "cuda": "sami_fast.kernels.segment_infonce"},
 }
 
 
@@ -479,28 +479,18 @@ def _(token_logprobs, offsets, shapes, positives, normalize, backend):
     return new(B), new(S), new((B, 3)), new(token_logprobs.shape)
 
 
-@torch.library.custom_op("sami_fast::segment_infonce_backward", mutates_args=())
-def _segment_infonce_backward(
-    grad_loss: torch.Tensor, grad_tokens: torch.Tensor, offsets: torch.Tensor, shapes: torch.Tensor, backend: str
-) -> torch.Tensor:
-    implementation = _load("segment_infonce", backend, grad_loss.device.type)
-    return implementation.segment_infonce_backward(grad_loss, grad_tokens, offsets, shapes)
-
-
-@_segment_infonce_backward.register_fake
-def _(grad_loss, grad_tokens, offsets, shapes, backend):
-    return torch.empty_like(grad_tokens)
-
-
 def _segment_infonce_setup(ctx, inputs, output):
-    _, offsets, shapes, _, _, ctx.backend = inputs
+    _, offsets, shapes, *_ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[3], offsets, shapes)
 
 
 def _segment_infonce_autograd(ctx, grad_loss, *_):
-    grad = _segment_infonce_backward(grad_loss, *ctx.saved_tensors, ctx.backend)
-    return grad, None, None, None, None, None
+    grad_tokens, offsets, shapes = ctx.saved_tensors
+    ends = offsets[shapes.prod(dim=1).cumsum(0).to(offsets.device)]
+    tokens = ends.diff(prepend=ends.new_zeros(1))
+    grad_loss = grad_loss.to(grad_tokens.dtype).repeat_interleave(tokens, output_size=grad_tokens.numel())
+    return grad_tokens * grad_loss, None, None, None, None, None
 
 
 _segment_infonce.register_autograd(_segment_infonce_autograd, setup_context=_segment_infonce_setup)

@@ -1,11 +1,11 @@
 """Constitutions: short lists of principles that a response is to follow, sampled so that they contrast.
 
-Two files are read. Ours lists attributes, each with a principle and its antithesis, and the attributes used by default:
+Two formats are read. Ours lists attributes, and which of them are used by default:
 
     {"default": ["brevity"],
      "attributes": [{"attribute": "brevity", "principle": "Answer in one ...", "antithesis": "Answer at length ..."}]}
 
-The other is the one published with the paper (arXiv 2404.14313): ready-made pairs, each
+The paper's (arXiv 2404.14313) holds ready-made pairs, each
 `{"positive": text, "negative": text, "identifiers": {"positive": ["pos concise", ...], "negative": [...]}}`.
 """
 
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Side = Literal["principle", "antithesis"]
+_SIDES: tuple[Side, Side] = ("principle", "antithesis")
+_FIELDS = ("attribute", *_SIDES)
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ def load_principles(path: str | os.PathLike[str], attributes: Sequence[str] | No
     Raises:
         ValueError: the file, the field in it, what was expected and what came; or an attribute it does not have.
     """
-    content = _read_json(path)
-    if not isinstance(content, dict):
+    if not isinstance(content := _read_json(path), dict):
         raise ValueError(f"{path}: expected an object with 'attributes', got {_kind(content)}")
     entries = content.get("attributes")
     if not isinstance(entries, list) or not entries:
@@ -53,18 +54,16 @@ def load_principles(path: str | os.PathLike[str], attributes: Sequence[str] | No
     found: dict[str, Principle] = {}
     for i, entry in enumerate(entries):
         where = f"{path}: attributes[{i}]"
-        fields = ("attribute", "principle", "antithesis")
-        principle = Principle(*(_text(entry, field, where) for field in fields))
-        if unknown := set(entry) - set(fields):
-            raise ValueError(f"{where}: expected the fields {', '.join(fields)}, got also {', '.join(sorted(unknown))}")
+        principle = Principle(*(_text(entry, field, where) for field in _FIELDS))
+        if unknown := sorted(set(entry) - set(_FIELDS)):
+            raise ValueError(f"{where}: expected the fields {', '.join(_FIELDS)}, got also {', '.join(unknown)}")
         if principle.attribute in found:
             raise ValueError(f"{where}.attribute: {principle.attribute!r} is listed already")
         if principle.principle == principle.antithesis:
             raise ValueError(f"{where}.antithesis: expected the opposite of 'principle', got the same text")
         found[principle.attribute] = principle
-    names, source = attributes, "attributes"
-    if names is None:
-        names, source = content.get("default", list(found)), f"{path}: 'default'"
+    names = content.get("default", list(found)) if attributes is None else attributes
+    source = f"{path}: 'default'" if attributes is None else "attributes"
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise ValueError(f"{source}: expected a list of attributes, got {names!r}")
     for name in names:
@@ -91,10 +90,9 @@ def sample_constitutions(
         raise ValueError(f"count: expected 1 to {most} constitutions of {len(principles)} attribute(s), got {count}")
     generator = random.Random(f"{seed}/{query_id}")
     order = generator.sample(list(principles), len(principles))
-    sides: tuple[Side, Side] = ("principle", "antithesis")
     constitutions = []
     for code in generator.sample(range(most), count):
-        chosen = {principle.attribute: sides[code >> i & 1] for i, principle in enumerate(order)}
+        chosen = {principle.attribute: _SIDES[code >> i & 1] for i, principle in enumerate(order)}
         lines = [getattr(principle, chosen[principle.attribute]) for principle in order]
         text = lines[0] if len(lines) == 1 else "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
         constitutions.append(Constitution(text, chosen))
@@ -107,15 +105,13 @@ def load_constitution_pairs(path: str | os.PathLike[str]) -> list[tuple[Constitu
     Raises:
         ValueError: the file, the field in it, what was expected and what came.
     """
-    content = _read_json(path)
-    if not isinstance(content, list) or not content:
+    if not isinstance(content := _read_json(path), list) or not content:
         raise ValueError(f"{path}: expected a list of constitution pairs, got {_kind(content)}")
     pairs = []
     for i, entry in enumerate(content):
         where = f"{path}: [{i}]"
         texts = {name: _text(entry, name, where) for name in ("positive", "negative")}
-        identifiers = entry.get("identifiers", {})
-        if not isinstance(identifiers, dict):
+        if not isinstance(identifiers := entry.get("identifiers", {}), dict):
             raise ValueError(f"{where}.identifiers: expected an object, got {_kind(identifiers)}")
         sides = {name: _sides(identifiers.get(name, []), f"{where}.identifiers.{name}") for name in texts}
         if texts["positive"] == texts["negative"]:
@@ -125,7 +121,7 @@ def load_constitution_pairs(path: str | os.PathLike[str]) -> list[tuple[Constitu
 
 
 def _sides(labels: Any, where: str) -> dict[str, Side]:
-    known: dict[str, Side] = {"pos": "principle", "neg": "antithesis"}
+    known = dict(zip(("pos", "neg"), _SIDES, strict=True))
     split = [str(label).split(maxsplit=1) for label in labels] if isinstance(labels, list) else [[]]
     if any(len(parts) != 2 or parts[0] not in known for parts in split):
         raise ValueError(f"{where}: expected a list such as ['pos concise', 'neg comprehensive'], got {labels!r}")

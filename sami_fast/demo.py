@@ -35,7 +35,7 @@ class DemoSettings:
 
     template: str = "query_first_chat"
     max_new_tokens: int = 40
-    temperature: float = 1.0
+    temperature: float = 0.8
     generation_batch: int = 32
     held_out_share: float = 1 / 3
     steps: int = 12

@@ -200,6 +200,7 @@ class SamiTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Metrics of held-out groups; `predictions` has a row of loss, MI, row and column accuracy and KL per group."""
+        begin = time.perf_counter()
         model = self._wrap_model(self.model, training=False)
         if not self.accelerator._models and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
@@ -214,6 +215,7 @@ class SamiTrainer(Trainer):
             rows.append(self.accelerator.gather_for_metrics(torch.cat(batch)))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         table = torch.cat(rows)
+        self._last_log += time.perf_counter() - begin  # evaluation is not training time
         metrics = dict(zip(_METRICS, table.mean(dim=0).tolist(), strict=True)) | {"token_ratio": whole_tokens / tokens}
         if self.args.beta == 0:
             del metrics["kl"]

@@ -266,6 +266,20 @@ def test_a_parallel_wrapper_is_looked_through():
     assert_exact(score(nn.DataParallel(model), packed).token_logprobs, score(model, packed).token_logprobs)
 
 
+def test_a_compiled_model_is_looked_through():
+    model, packed = tiny_model(), pack(two_trees())
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    assert_exact(score(compiled, packed).token_logprobs, score(model, packed).token_logprobs)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_exact_on_a_class_made_of_a_family(family):
+    # As sharding wrappers and users make them: the class is not in the family's own module.
+    model = tiny_model(family)
+    model.__class__ = type("Sharded" + type(model).__name__, (type(model),), {})
+    assert_exact_on(model, two_trees())
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Reference model
 
@@ -578,6 +592,12 @@ def test_check_model_tells_rounding_from_mistakes(family):
     for seed in range(3):
         options = dict(num_hidden_layers=12, hidden_size=64, layer_types=None)
         check_model(tiny_model(family, dtype=torch.bfloat16, seed=seed, **options), seed=seed)
+
+
+def test_check_model_takes_a_quantized_model_as_it_is():
+    model = tiny_model(dtype=torch.bfloat16)
+    model.is_quantized = True  # transformers then refuses to change its dtype
+    assert check_model(model) > 0
 
 
 def siblings_seen(monkeypatch, model):

@@ -1,7 +1,8 @@
 """Every op in plain PyTorch: any device, float64-capable, production on the CPU.
 
 Lean as well as exact: attention walks the nodes of the tree and never forms a T x T mask or copies keys; the vocabulary
-ops walk chunks of rows and never hold N x V. Work is done in float32 (float64 for float64 inputs).
+ops walk chunks of rows and never hold N x V. Work is done in float32 (float64 for float64 inputs). On the CPU attention
+without a window or soft-cap runs on the blocks of PyTorch's own fused attention.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-_SCORE_BYTES = 4 << 20  # one block of attention scores: stays in the last-level cache
+_SCORE_BYTES = 2 << 20  # one block of attention scores: stays in the caches
 _LOGIT_BYTES = 64 << 20  # one chunk of logits
 _NEG_INF = float("-inf")
 
@@ -76,30 +77,90 @@ def _scores(
     return scores
 
 
-def prefix_attention_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+def _fuses(q: torch.Tensor, v: torch.Tensor, window: int | None, softcap: float | None) -> bool:
+    """Whether PyTorch's fused CPU attention computes the blocks: plain softmax attention, twice as fast as by parts."""
+    return q.device.type == "cpu" and window is None and softcap is None and q.shape[-1] == v.shape[-1]
+
+
+def _fused_blocks(
+    nodes: torch.Tensor, group: int, q_side: tuple[torch.Tensor, ...], kv_side: tuple[torch.Tensor, ...]
+) -> Iterator[tuple[slice, slice, bool, list[torch.Tensor], list[torch.Tensor]]]:
+    """Per node: its rows against its own keys (causal), then all rows below against them; heads apart, [Hkv, G, n, ...],
+    since the fused backward spreads heads over threads.
+    """
+    for begin, end, subtree in nodes.tolist():
+        keys = slice(begin, end)
+        heads = [x[:, None, keys].expand(-1, group, -1, -1) for x in kv_side]
+        for low, high in ((begin, end), (end, subtree)):
+            if low < high:
+                at = slice(low * group, high * group)
+                queries = [x[:, at].unflatten(1, (high - low, group)).transpose(1, 2) for x in q_side]
+                yield at, keys, low == begin, queries, heads
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[Hkv, G, n, ...] -> [Hkv, n * G, ...]."""
+    return x.transpose(1, 2).flatten(1, 2)
+
+
+def _fused_forward(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, nodes: torch.Tensor, group: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [Hkv, T * G, Dv] and log-sum-exp [Hkv, T * G, 1], merged block by block."""
+    out = torch.zeros_like(rows)
+    lse = rows.new_full((*rows.shape[:2], 1), _NEG_INF)
+    for at, _, causal, (q,), (k, v) in _fused_blocks(nodes, group, (rows,), (keys, values)):
+        block = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        block_out, block_lse = _as_rows(block[0]), _as_rows(block[1]).unsqueeze(-1)
+        before = lse[:, at]
+        after = torch.logaddexp(before, block_lse)
+        out[:, at] = out[:, at].mul_((before - after).exp_()).add_(block_out * (block_lse - after).exp_())
+        lse[:, at] = after
+    return out, lse
+
+
+def _fused_backward(
+    upstream: torch.Tensor,
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    nodes: torch.Tensor,
+    group: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of rows, keys and values; the LSE of all a row sees makes each block's weights its final ones."""
+    grad_q, grad_k, grad_v = torch.zeros_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
+    for at, key_at, causal, (do, q, o, row_lse), (k, v) in _fused_blocks(
+        nodes, group, (upstream, rows, out, lse), (keys, values)
+    ):
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k, v, o, row_lse.squeeze(-1).contiguous(), 0.0, causal, scale=scale
+        )
+        grad_q[:, at] += _as_rows(dq)
+        grad_k[:, key_at] += dk.sum(dim=1)
+        grad_v[:, key_at] += dv.sum(dim=1)
+    return grad_q, grad_k, grad_v
+
+
+def _blockwise_forward(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     position_ids: torch.Tensor,
     nodes: torch.Tensor,
-    sinks: torch.Tensor | None,
+    num_heads: int,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [T, Hq, Dv] and log-sum-exp [T, Hq] (sinks included), by online softmax over a token's ancestors."""
-    T, Hq, _ = q.shape
-    Hkv, Dv = k.shape[1], v.shape[2]
-    group = Hq // Hkv
-    rows, keys, values = _heads_first(q, Hkv), _heads_first(k, Hkv), _heads_first(v, Hkv)
-    highest = rows.new_full((Hkv, T * group, 1), _NEG_INF)
-    total = rows.new_zeros((Hkv, T * group, 1))
-    out = rows.new_zeros((Hkv, T * group, Dv))
-    if sinks is not None:
-        sink_rows = sinks.to(rows.dtype).view(Hkv, 1, group).expand(Hkv, T, group).reshape(Hkv, T * group, 1)
-        highest.copy_(sink_rows)
-        total.fill_(1.0)
-    for low, high, begin, end, visible in _blocks(nodes, position_ids, Hq, rows.element_size(), window):
+    """As `_fused_forward`, with every option: online softmax over a row's blocks."""
+    group = num_heads // rows.shape[0]
+    highest = rows.new_full((*rows.shape[:2], 1), _NEG_INF)
+    total = torch.zeros_like(highest)
+    out = rows.new_zeros((*rows.shape[:2], values.shape[2]))
+    for low, high, begin, end, visible in _blocks(nodes, position_ids, num_heads, rows.element_size(), window):
         at = slice(low * group, high * group)
         scores = _scores(rows[:, at], keys[:, begin:end], scale, softcap, visible, group)
         before = highest[:, at]
@@ -111,9 +172,69 @@ def prefix_attention_forward(
         total[:, at] = total[:, at].mul_(decay).add_(weights.sum(dim=-1, keepdim=True))
         out[:, at] = out[:, at].mul_(decay).add_(torch.matmul(weights, values[:, begin:end]))
         highest[:, at] = after
-    out.div_(total)
-    lse = highest.add_(total.log_())
+    return out.div_(total), highest.add_(total.log_())
+
+
+def prefix_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position_ids: torch.Tensor,
+    nodes: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [T, Hq, Dv] and log-sum-exp [T, Hq], sinks included."""
+    T, Hq, _ = q.shape
+    Hkv = k.shape[1]
+    group = Hq // Hkv
+    rows, keys, values = _heads_first(q, Hkv), _heads_first(k, Hkv), _heads_first(v, Hkv)
+    if _fuses(q, v, window, softcap):
+        out, lse = _fused_forward(rows, keys, values, nodes, group, scale)
+    else:
+        out, lse = _blockwise_forward(rows, keys, values, position_ids, nodes, Hq, scale, window, softcap)
+    if sinks is not None:
+        sink_rows = sinks.to(rows.dtype).view(Hkv, 1, group).expand(Hkv, T, group).reshape(Hkv, T * group, 1)
+        with_sinks = torch.logaddexp(lse, sink_rows)
+        out.mul_((lse - with_sinks).exp_())
+        lse = with_sinks
     return _tokens_first(out, T, q.dtype), _tokens_first(lse, T, lse.dtype).squeeze(-1)
+
+
+def _blockwise_backward(
+    upstream: torch.Tensor,
+    shift: torch.Tensor,
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lse_rows: torch.Tensor,
+    position_ids: torch.Tensor,
+    nodes: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_fused_backward`, with every option; scores are recomputed block by block."""
+    group = num_heads // rows.shape[0]
+    grad_q, grad_k, grad_v = torch.zeros_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
+    for low, high, begin, end, visible in _blocks(nodes, position_ids, num_heads, rows.element_size(), window):
+        at = slice(low * group, high * group)
+        scores = _scores(rows[:, at], keys[:, begin:end], scale, softcap, visible, group)
+        cap_slope = None if softcap is None else scores.div(softcap).square_().neg_().add_(1.0)
+        weights = scores.sub_(lse_rows[:, at]).exp_()
+        grad_v[:, begin:end].add_(torch.matmul(weights.transpose(1, 2), upstream[:, at]))
+        grad_scores = torch.matmul(upstream[:, at], values[:, begin:end].transpose(1, 2))
+        grad_scores.sub_(shift[:, at]).mul_(weights)
+        if cap_slope is not None:
+            # A masked score is -inf and its slope with it; its weight is 0 and so is its gradient.
+            grad_scores.mul_(cap_slope if visible is None else cap_slope.nan_to_num_(neginf=0.0))
+        grad_scores.mul_(scale)
+        grad_q[:, at].add_(torch.matmul(grad_scores, keys[:, begin:end]))
+        grad_k[:, begin:end].add_(torch.matmul(grad_scores.transpose(1, 2), rows[:, at]))
+    return grad_q, grad_k, grad_v
 
 
 def prefix_attention_backward(
@@ -131,37 +252,27 @@ def prefix_attention_backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v and sinks (empty without sinks); scores are recomputed block by block from `lse`."""
+    """Gradients of q, k, v and sinks (empty without sinks)."""
     T, Hq, _ = q.shape
     Hkv = k.shape[1]
     group = Hq // Hkv
     rows, keys, values = _heads_first(q, Hkv), _heads_first(k, Hkv), _heads_first(v, Hkv)
     upstream, lse_rows = _heads_first(grad_out, Hkv), _heads_first(lse.unsqueeze(-1), Hkv)
+    out_rows = _heads_first(out, Hkv)
     # d(score) = p * (d(p) - shift): the softmax Jacobian and the gradient of the LSE output in one per-row number.
-    shift = (upstream * _heads_first(out, Hkv)).sum(dim=-1, keepdim=True) - _heads_first(grad_lse.unsqueeze(-1), Hkv)
-    grad_q, grad_k, grad_v = torch.zeros_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
-    for low, high, begin, end, visible in _blocks(nodes, position_ids, Hq, rows.element_size(), window):
-        at = slice(low * group, high * group)
-        scores = _scores(rows[:, at], keys[:, begin:end], scale, softcap, visible, group)
-        cap_slope = None if softcap is None else scores.div(softcap).square_().neg_().add_(1.0)
-        weights = scores.sub_(lse_rows[:, at]).exp_()
-        grad_v[:, begin:end].add_(torch.matmul(weights.transpose(1, 2), upstream[:, at]))
-        grad_scores = torch.matmul(upstream[:, at], values[:, begin:end].transpose(1, 2))
-        grad_scores.sub_(shift[:, at]).mul_(weights)
-        if cap_slope is not None:
-            # A masked score is -inf and its slope with it; its weight is 0 and so is its gradient.
-            grad_scores.mul_(cap_slope if visible is None else cap_slope.nan_to_num_(neginf=0.0))
-        grad_scores.mul_(scale)
-        grad_q[:, at].add_(torch.matmul(grad_scores, keys[:, begin:end]))
-        grad_k[:, begin:end].add_(torch.matmul(grad_scores.transpose(1, 2), rows[:, at]))
+    shift = (upstream * out_rows).sum(dim=-1, keepdim=True) - _heads_first(grad_lse.unsqueeze(-1), Hkv)
+    if _fuses(q, v, window, softcap) and not bool(grad_lse.any()):
+        grads = _fused_backward(upstream, rows, keys, values, out_rows, lse_rows, nodes, group, scale)
+    else:
+        grads = _blockwise_backward(
+            upstream, shift, rows, keys, values, lse_rows, position_ids, nodes, Hq, scale, window, softcap
+        )
     grad_sinks = q.new_zeros(0)
     if sinks is not None:
         sink_weight = (sinks.to(lse.dtype) - lse).exp()
         grad_sinks = -(sink_weight * _tokens_first(shift, T, lse.dtype).squeeze(-1)).sum(dim=0).to(sinks.dtype)
     return (
-        _tokens_first(grad_q, T, q.dtype),
-        _tokens_first(grad_k, T, k.dtype),
-        _tokens_first(grad_v, T, v.dtype),
+        *(_tokens_first(grad, T, like.dtype) for grad, like in zip(grads, (q, k, v), strict=True)),
         grad_sinks,
     )
 

@@ -72,7 +72,8 @@ def draw_heat_maps(
         axis.set_yticks(range(matrix.shape[0]))
         if matrix.size <= 16:
             for (j, k), value in np.ndenumerate(result.matrix):
-                axis.text(k, j, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                ink = "white" if abs(matrix[j, k]) > 0.6 * bound else "black"
+                axis.text(k, j, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
     for axis in axes[len(results) :]:
         axis.axis("off")
     figure.supxlabel("response", fontsize=9)

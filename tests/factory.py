@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from sami_fast.prefix_tree import Group
 
 transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)  # tensors are tiny here: on a busy machine, threads mostly wait for each other
 
 AWKWARD_LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 57, 59, 63, 64, 65, 127, 128, 129)
 

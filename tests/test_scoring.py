@@ -603,9 +603,13 @@ def test_check_model_takes_a_quantized_model_as_it_is():
 def siblings_seen(monkeypatch, model):
     """A plan in which every token sees all before it."""
     build = AttentionPlan.build
-    monkeypatch.setattr(
-        AttentionPlan, "build", lambda end, position_ids: build(np.full_like(end, len(end)), position_ids)
-    )
+
+    def careless(subtree_end, position_ids):
+        T = len(subtree_end)
+        plan = build(np.full(T, T), np.arange(T))
+        return dataclasses.replace(plan, position_ids=torch.from_numpy(position_ids).int())
+
+    monkeypatch.setattr(AttentionPlan, "build", careless)
 
 
 def positions_in_packed_order(monkeypatch, model):

@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv install lint format test demo bench clean
+.PHONY: help venv install lint format test demo bench aot clean
 
 ## Python that creates the virtual environment (3.11 or later)
 PYTHON ?= python3
@@ -51,6 +51,9 @@ demo: $(VENV)/.demo  ## Run the demonstration, small model included
 
 bench: $(VENV)/.installed  ## Run the benchmarks
 	$(BIN)/python -m benchmarks $(BENCH)
+
+aot: $(VENV)/.installed  ## Compile every shipped Triton configuration for sm_90 and sm_80, without a GPU, and check it
+	$(BIN)/python -m benchmarks.aot
 
 clean:  ## Remove what builds and tools left; the virtual environment stays
 	rm -rf build dist .benchmarks .hypothesis .pytest_cache .ruff_cache

@@ -85,8 +85,9 @@ def _fuses(q: torch.Tensor, v: torch.Tensor, window: int | None, softcap: float 
 def _fused_blocks(
     nodes: torch.Tensor, group: int, q_side: tuple[torch.Tensor, ...], kv_side: tuple[torch.Tensor, ...]
 ) -> Iterator[tuple[slice, slice, bool, list[torch.Tensor], list[torch.Tensor]]]:
-    """Per node: its rows against its own keys (causal), then all rows below against them; heads apart, [Hkv, G, n, ...],
-    since the fused backward spreads heads over threads.
+    """Per node: its rows against its own keys (causal), then all rows below against them; [Hkv, G, n, ...] each.
+
+    Heads apart rather than as rows, since the fused backward spreads heads over threads.
     """
     for begin, end, subtree in nodes.tolist():
         keys = slice(begin, end)

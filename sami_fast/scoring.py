@@ -234,7 +234,9 @@ def _predicting_states(model: nn.Module, packed: PackedTree, backend: str | None
     head = _find_head(inner)
     config = inner.config.get_text_config(decoder=True)
     vocab_size = inner.get_input_embeddings().weight.shape[0]
-    bare = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    bare = getattr(inner, "_orig_mod", inner)  # what torch.compile wrapped
+    bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+    bare = getattr(bare, "_orig_mod", bare)
     name = type(bare).__name__
     _check_inputs(bare, config, name, packed, vocab_size)
 
@@ -337,11 +339,16 @@ def _check_layers(call: TreeCall, model: nn.Module, config, packed: PackedTree) 
     window = getattr(config, "sliding_window", None)
     if window is not None and packed.max_length > window:
         # Families without a list of layer types slide in all layers, if they know how to make such a mask at all.
-        slides = hasattr(sys.modules.get(type(model).__module__), "create_sliding_window_causal_mask")
-        kinds = getattr(config, "layer_types", None) or ["sliding" if slides else "full"] * config.num_hidden_layers
+        kind = "sliding" if _makes_sliding_masks(model) else "full"
+        kinds = getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
         promised, got = sum("sliding" in kind for kind in kinds), sum(w is not None for w in call.windows.values())
         if promised != got:
             raise call.unsupported(f"{promised} layers have a sliding window and {got} passed it to their attention")
+
+
+def _makes_sliding_masks(model: nn.Module) -> bool:
+    classes = {cls for module in model.modules() if hasattr(module, "config") for cls in type(module).__mro__}
+    return any(hasattr(sys.modules.get(cls.__module__), "create_sliding_window_causal_mask") for cls in classes)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -355,16 +362,17 @@ _CHECK_COPY_WEIGHTS = 1_000_000_000
 def check_model(model: nn.Module, *, seed: int = 0, backend: str | None = None) -> float:
     """Score a small random tree and, by plain forwards, each of its sequences; return the relative difference.
 
-    A 16-bit model of at most 10^9 weights is checked as a float32 copy, since rounding would hide mistakes; a larger
-    one as it is, where only mistakes beyond its rounding show.
+    A 16-bit model of at most 10^9 weights is checked as a float32 copy, since rounding would hide mistakes; a larger or
+    quantized one as it is, where only mistakes beyond its rounding show.
 
     Raises:
         UnsupportedModelError: when they differ by more than 1e-6 in float64, 1e-4 in float32, 5e-3 in float16 or 2e-2
             in bfloat16, naming the model and the difference.
     """
     embedding = model.get_input_embeddings().weight
+    narrow = embedding.dtype in (torch.float16, torch.bfloat16) and not getattr(model, "is_quantized", False)
     small = sum(p.numel() for p in model.parameters()) <= _CHECK_COPY_WEIGHTS
-    subject = copy.deepcopy(model).float() if small and embedding.dtype in (torch.float16, torch.bfloat16) else model
+    subject = copy.deepcopy(model).float() if narrow and small else model
     dtype = subject.get_input_embeddings().weight.dtype
     rng = np.random.default_rng(seed)
     vocab = embedding.shape[0]

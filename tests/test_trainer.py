@@ -104,7 +104,15 @@ def test_accumulated_steps_equal_one_large_step(tmp_path):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
 
 
-def test_resume_continues_bit_for_bit(tmp_path):
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_resume_continues_bit_for_bit(tmp_path, two_threads):
     def run(folder, steps, resume=None):
         options = dict(max_steps=steps, save_strategy="steps", save_steps=2)
         trainer = SamiTrainer(llama(attention_dropout=0.0), config(tmp_path / folder, **options), dataset(10))

@@ -1,0 +1,1 @@
+"""Benchmarks: ours beside its peers, same inputs, same run. `python -m benchmarks --help`."""

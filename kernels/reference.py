@@ -289,15 +289,20 @@ def _row_chunks(num_rows: int, vocab_size: int, itemsize: int) -> Iterator[slice
 
 
 def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[rows, V] softcap(scale * (hidden @ weight.T + bias)), never rounded below the compute dtype."""
     dtype = _compute_dtype(hidden)
     hidden = hidden.to(dtype)
+    logits = hidden.new_empty((hidden.shape[0], weight.shape[0])) if out is None else out
     if weight.dtype == dtype:
-        logits = hidden @ weight.t()
+        torch.mm(hidden, weight.t(), out=logits)
     else:
-        logits = hidden.new_empty((hidden.shape[0], weight.shape[0]))
         for block in range(0, weight.shape[0], 8192):  # widening the whole weight at once would double its memory
             torch.mm(hidden, weight[block : block + 8192].to(dtype).t(), out=logits[:, block : block + 8192])
     if bias is not None:
@@ -340,23 +345,33 @@ def linear_logprob_forward(
     bias: torch.Tensor | None,
     logit_scale: float,
     softcap: float | None,
-    keep_hidden_grad: bool,
+    keep: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log p(label) [N], log-sum-exp [N], and d(log p)/d(hidden) [N, H] if kept (else [0, H])."""
+    """log p(label) [N], log-sum-exp [N], and what is kept for the backward.
+
+    `keep`: "hidden_grad", d(log p)/d(hidden) [N, H]; "probabilities" [N, V] (no soft-cap); "nothing" [0].
+    """
     dtype = _compute_dtype(hidden)
     N = hidden.shape[0]
     logprob, lse = hidden.new_empty(N, dtype=dtype), hidden.new_empty(N, dtype=dtype)
-    hidden_grad = torch.empty_like(hidden) if keep_hidden_grad else hidden.new_empty((0, hidden.shape[1]))
+    kept = hidden.new_empty(0, dtype=dtype)
+    if keep == "hidden_grad":
+        kept = torch.empty_like(hidden)
+    elif keep == "probabilities":
+        kept = hidden.new_empty((N, weight.shape[0]), dtype=dtype)
     for rows in _row_chunks(N, weight.shape[0], lse.element_size()):
-        logits = _logits(hidden[rows], weight, bias, logit_scale, softcap)
+        out = kept[rows] if keep == "probabilities" else None
+        logits = _logits(hidden[rows], weight, bias, logit_scale, softcap, out)
         lse[rows] = torch.logsumexp(logits, dim=-1)
         # Rounding may put a certain label's logit an ulp above the log-sum-exp; a log-probability is never positive.
         logprob[rows] = (logits.gather(1, labels[rows, None]).squeeze(1) - lse[rows]).clamp_(max=0.0)
-        if keep_hidden_grad:
+        if keep == "probabilities":
+            logits.sub_(lse[rows, None]).exp_()
+        elif keep == "hidden_grad":
             slope = _logit_slope(logits, logit_scale, softcap)
             grad = _label_gradient(logits, lse[rows], labels[rows], logprob[rows], slope)
-            hidden_grad[rows] = _times_weight(grad, weight).to(hidden.dtype)
-    return logprob, lse, hidden_grad
+            kept[rows] = _times_weight(grad, weight).to(hidden.dtype)
+    return logprob, lse, kept
 
 
 def linear_logprob_backward(
@@ -367,19 +382,24 @@ def linear_logprob_backward(
     bias: torch.Tensor | None,
     logprob: torch.Tensor,
     lse: torch.Tensor,
+    probabilities: torch.Tensor,
     logit_scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden, weight and bias (empty without one); logits are recomputed chunk by chunk."""
+    """Gradients of hidden, weight and bias (empty without one); without kept probabilities logits are recomputed."""
     dtype = _compute_dtype(hidden)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=dtype)
     grad_bias = weight.new_zeros(0 if bias is None else bias.shape[0], dtype=dtype)
     for rows in _row_chunks(hidden.shape[0], weight.shape[0], lse.element_size()):
-        logits = _logits(hidden[rows], weight, bias, logit_scale, softcap)
-        slope = _logit_slope(logits, logit_scale, softcap)
-        grad = _label_gradient(logits, lse[rows], labels[rows], logprob[rows], slope)
-        grad.mul_(grad_logprob[rows, None].to(dtype))
+        upstream = grad_logprob[rows, None].to(dtype)
+        if probabilities.numel():
+            grad = probabilities[rows] * (upstream * -logit_scale)
+            grad.scatter_(1, labels[rows, None], -torch.expm1(logprob[rows, None]) * (upstream * logit_scale))
+        else:
+            logits = _logits(hidden[rows], weight, bias, logit_scale, softcap)
+            slope = _logit_slope(logits, logit_scale, softcap)
+            grad = _label_gradient(logits, lse[rows], labels[rows], logprob[rows], slope).mul_(upstream)
         grad_hidden[rows] = _times_weight(grad, weight).to(hidden.dtype)
         grad_weight.addmm_(grad.t(), hidden[rows].to(dtype))
         if bias is not None:

@@ -18,6 +18,8 @@ from sami_fast.prefix_tree import AttentionPlan
 
 logger = logging.getLogger(__name__)
 
+_KEEP_BYTES = 256 << 20  # probabilities kept between forward and backward of a head that trains
+
 # op -> backend -> module with `<op>_forward` and `<op>_backward`. The first entry that runs on a device is its default.
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "prefix_attention": {"reference": "sami_fast.kernels.reference"},
@@ -230,19 +232,23 @@ def _linear_logprob(
     bias: torch.Tensor | None,
     logit_scale: float,
     softcap: float | None,
-    keep_hidden_grad: bool,
+    keep: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     implementation = _load("linear_logprob", backend, hidden.device.type)
-    return implementation.linear_logprob_forward(hidden, weight, labels, bias, logit_scale, softcap, keep_hidden_grad)
+    return implementation.linear_logprob_forward(hidden, weight, labels, bias, logit_scale, softcap, keep)
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, labels, bias, logit_scale, softcap, keep_hidden_grad, backend):
-    N, H = hidden.shape
+def _(hidden, weight, labels, bias, logit_scale, softcap, keep, backend):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logprob = hidden.new_empty(N, dtype=dtype)
-    return logprob, torch.empty_like(logprob), hidden.new_empty((N if keep_hidden_grad else 0, H))
+    logprob = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    if keep == "hidden_grad":
+        kept = hidden.new_empty(hidden.shape)
+    else:
+        shape = (hidden.shape[0], weight.shape[0]) if keep == "probabilities" else 0
+        kept = hidden.new_empty(shape, dtype=dtype)
+    return logprob, torch.empty_like(logprob), kept
 
 
 @torch.library.custom_op("sami_fast::linear_logprob_backward", mutates_args=())
@@ -254,18 +260,19 @@ def _linear_logprob_backward(
     bias: torch.Tensor | None,
     logprob: torch.Tensor,
     lse: torch.Tensor,
+    probabilities: torch.Tensor,
     logit_scale: float,
     softcap: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     implementation = _load("linear_logprob", backend, hidden.device.type)
     return implementation.linear_logprob_backward(
-        grad_logprob, hidden, weight, labels, bias, logprob, lse, logit_scale, softcap
+        grad_logprob, hidden, weight, labels, bias, logprob, lse, probabilities, logit_scale, softcap
     )
 
 
 @_linear_logprob_backward.register_fake
-def _(grad_logprob, hidden, weight, labels, bias, logprob, lse, logit_scale, softcap, backend):
+def _(grad_logprob, hidden, weight, labels, bias, logprob, lse, probabilities, logit_scale, softcap, backend):
     return _fake_head_gradients(hidden, weight, bias)
 
 
@@ -276,26 +283,25 @@ def _fake_head_gradients(hidden, weight, bias):
 
 
 def _linear_logprob_setup(ctx, inputs, output):
-    hidden, weight, labels, bias, ctx.logit_scale, ctx.softcap, ctx.kept, ctx.backend = inputs
-    logprob, lse, hidden_grad = output
-    ctx.mark_non_differentiable(lse, hidden_grad)
-    if ctx.kept:
-        ctx.save_for_backward(hidden_grad)
+    hidden, weight, labels, bias, ctx.logit_scale, ctx.softcap, ctx.keep, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    if ctx.keep == "hidden_grad":
+        ctx.save_for_backward(output[2])
     else:
-        ctx.save_for_backward(hidden, weight, labels, bias, logprob, lse)
+        ctx.save_for_backward(hidden, weight, labels, bias, *output)
 
 
 def _linear_logprob_autograd(ctx, grad_logprob, *_):
     none = (None,) * 5
-    if ctx.kept:
+    if ctx.keep == "hidden_grad":
         (hidden_grad,) = ctx.saved_tensors
         grad_hidden = (hidden_grad * grad_logprob[:, None]).to(hidden_grad.dtype)
         return grad_hidden, None, None, *none
-    hidden, weight, labels, bias, logprob, lse = ctx.saved_tensors
     grad_hidden, grad_weight, grad_bias = _linear_logprob_backward(
-        grad_logprob, hidden, weight, labels, bias, logprob, lse, ctx.logit_scale, ctx.softcap, ctx.backend
+        grad_logprob, *ctx.saved_tensors, ctx.logit_scale, ctx.softcap, ctx.backend
     )
-    return grad_hidden, grad_weight, None, None if bias is None else grad_bias, *none[1:]
+    has_bias = ctx.saved_tensors[3] is not None
+    return grad_hidden, grad_weight, None, grad_bias if has_bias else None, *none[1:]
 
 
 _linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linear_logprob_setup)
@@ -327,8 +333,9 @@ def linear_logprob(
 ) -> torch.Tensor:
     """log softmax(softcap(logit_scale * (hidden @ weight.T + bias)))[labels] without N x V logits in memory.
 
-    With the head frozen the forward also stores d(log p)/d(hidden), so that the backward is a row scale; otherwise the
-    backward recomputes the logits chunk by chunk. Extra memory: one chunk of logits (64 MB), and N x H when frozen.
+    With the head frozen the forward also stores d(log p)/d(hidden), so that the backward is a row scale. Otherwise it
+    keeps the probabilities while they take at most 256 MB, and beyond that the backward recomputes the logits chunk by
+    chunk. Extra memory: one chunk of logits (64 MB), and N x H when frozen, N x V <= 256 MB when not.
 
     Args:
         hidden: [N, H]; float64, float32, float16 or bfloat16.
@@ -347,7 +354,12 @@ def linear_logprob(
     _expect_index("labels", labels, (hidden.shape[0],), hidden.device)
     _expect(softcap is None or softcap > 0, "softcap", "a positive number or None", softcap)
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    keep = torch.is_grad_enabled() and hidden.requires_grad and not head_trains
+    keep = "nothing"
+    if torch.is_grad_enabled() and hidden.requires_grad and not head_trains:
+        keep = "hidden_grad"
+    elif torch.is_grad_enabled() and head_trains and softcap is None:
+        itemsize = 8 if hidden.dtype == torch.float64 else 4
+        keep = "probabilities" if hidden.shape[0] * weight.shape[0] * itemsize <= _KEEP_BYTES else "nothing"
     name = _resolve("linear_logprob", backend, hidden.device)
     return _linear_logprob(hidden, weight, labels, bias, float(logit_scale), softcap, keep, name)[0]
 

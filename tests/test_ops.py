@@ -100,13 +100,15 @@ def head(rng, N, H, V, dtype, bias):
     return make(N, H), make(V, H), torch.tensor(rng.integers(0, V, N)), make(V) if bias else None
 
 
+@pytest.mark.parametrize("keep_bytes", [0, 256 << 20])
 @pytest.mark.parametrize("chunk_bytes", [1, 64 << 20])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("shape", [(1, 3, 1), (37, 8, 101), (5, 4, 50)])
-def test_linear_logprob(shape, frozen, bias, softcap, dtype, chunk_bytes, monkeypatch):
+def test_linear_logprob(shape, frozen, bias, softcap, dtype, chunk_bytes, keep_bytes, monkeypatch):
+    monkeypatch.setattr(ops, "_KEEP_BYTES", keep_bytes)
     monkeypatch.setattr(reference, "_LOGIT_BYTES", chunk_bytes)
     hidden, weight, labels, bias = head(np.random.default_rng(5), *shape, dtype, bias)
     inputs = [hidden]
@@ -227,8 +229,11 @@ def test_opcheck():
     for arguments in ((sinks, 0.3, 4, 2.0), (None, 0.3, None, None)):
         torch.library.opcheck(ops._prefix_attention, (q, k, v, plan.position_ids, plan.nodes, *arguments, "reference"))
     hidden, weight, labels, bias = head(rng, 9, 8, 33, torch.float32, True)
-    torch.library.opcheck(ops._linear_logprob, (hidden, weight, labels, bias, 1.0, None, False, "reference"))
-    torch.library.opcheck(ops._linear_logprob, (hidden, weight.detach(), labels, None, 1.0, 2.0, True, "reference"))
+    torch.library.opcheck(ops._linear_logprob, (hidden, weight, labels, bias, 1.0, None, "nothing", "reference"))
+    torch.library.opcheck(ops._linear_logprob, (hidden, weight, labels, bias, 0.5, None, "probabilities", "reference"))
+    torch.library.opcheck(
+        ops._linear_logprob, (hidden, weight.detach(), labels, None, 1.0, 2.0, "hidden_grad", "reference")
+    )
     reference_head = (hidden.detach() + 1, weight.detach() + 1, None)
     torch.library.opcheck(ops._linear_kl, (hidden, weight, bias, *reference_head, 1.0, None, "reference"))
     tokens = torch.randn(packed.labels.numel(), requires_grad=True)

@@ -146,7 +146,7 @@ SUITE = Suite(
     inputs=inputs,
     limits={
         "float32": {"matrix": 1e-4, "loss": 1e-4, "gradients": 1e-4},
-        "bfloat16": {"matrix": 2e-2, "loss": 5e-2, "gradients": 2e-1},
+        "bfloat16": {"matrix": 2e-2, "loss": 5e-2, "gradients": 1e-1},
     },
     isolated=True,
     statistic="best",
@@ -171,8 +171,10 @@ def _prepared(run: Callable, made: Inputs, backward: bool, tokens: int, attended
 
 @SUITE.arm("one sequence at a time", peer="transformers", timed=False)
 def one_by_one(made: Inputs, backward: bool) -> Prepared:
-    """Every sequence whole and by itself; exact gradients from a second pass, once the matrix is known."""
+    """Every sequence whole and by itself, at least in float32; a second pass takes the gradients, the matrix known."""
     model, (C, R) = made.model, made.group.shape
+    if model.dtype.itemsize < 4:
+        model.float()
 
     def mean_logprob(ids: torch.Tensor, length: int) -> torch.Tensor:
         logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=length + 1).logits[0, :-1]

@@ -90,9 +90,12 @@ def caption(record: Mapping[str, Any]) -> str:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The table and its caption."""
-    headings, rows = table(record)
+    run = {result["case"] for result in record["results"] if result["outcome"] != "over budget"}
+    left_out = [case for case in dict.fromkeys(result["case"] for result in record["results"]) if case not in run]
+    headings, rows = table(dict(record) | {"results": [r for r in record["results"] if r["case"] in run]})
     lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{caption(record)}"
+    note = f" Not run within the time budget: {', '.join(left_out)}." if left_out else ""
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{caption(record)}{note}"
 
 
 def print_table(record: Mapping[str, Any]) -> None:

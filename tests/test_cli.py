@@ -21,10 +21,11 @@ WORDS = ["the", "cat", "dog", "sat", "ran", "mat", "hill", "short", "long", "pla
 def model_folder(tmp_path_factory):
     """A tiny random Llama with a tokenizer, saved as users have them."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator(WORDS, trainers.WordLevelTrainer(special_tokens=["<unk>", "<eos>"]))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+    tokenizer.train_from_iterator(WORDS, trainers.WordLevelTrainer(special_tokens=["[UNK]", "<eos>"]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="<eos>")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     config = LlamaConfig(vocab_size=len(fast), num_key_value_heads=2, max_position_embeddings=128, **sizes)
@@ -104,6 +105,23 @@ def test_padded_matrix_is_the_tree_matrix(model_folder, data_file):
         for result, group in zip(score_groups(model, groups, normalize=normalize), groups, strict=True):
             padded = padded_matrix(model, group, normalize=normalize).detach()
             assert np.allclose(result.matrix, padded, atol=1e-4)
+
+
+def test_demo_leaves_its_report(tmp_path, model_folder):
+    output = tmp_path / "report"
+    assert main(["demo", "--model", str(model_folder), "--output", str(output), "--queries", "9", "--steps", "2"]) == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    groups = metrics["groups"]["training"] + metrics["groups"]["held_out"]  # random answers: some are filtered out
+    assert 2 <= groups <= 9 and len((output / "responses.jsonl").read_text().splitlines()) == groups
+    for when in ("before", "after", "change"):
+        interval = metrics[when]["mutual_information"]
+        assert interval["low"] <= interval["mean"] <= interval["high"]
+    before, after = (metrics[when]["mutual_information"]["mean"] for when in ("before", "after"))
+    assert metrics["change"]["mutual_information"]["mean"] == pytest.approx(after - before)
+    assert metrics["speed"]["largest_difference"] < 1e-4 and metrics["tokens"]["ratio"] > 1
+    for name in ("mutual_information.png", "heat_maps_before.png", "heat_maps_after.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert "before:" in (output / "samples.md").read_text()
 
 
 @pytest.mark.parametrize(

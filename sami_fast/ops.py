@@ -19,10 +19,14 @@ from sami_fast.prefix_tree import AttentionPlan
 logger = logging.getLogger(__name__)
 
 _KEEP_BYTES = 256 << 20  # probabilities kept between forward and backward of a head that trains
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # op -> backend -> module with `<op>_forward` and `<op>_backward`. The first entry that runs on a device is its default.
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
-    "prefix_attention": {"reference": "sami_fast.kernels.reference"},
+    "prefix_attention": {
+        "reference": "sami_fast.kernels.reference",
+        "triton": "sami_fast.kernels.prefix_attention",
+    },
     "linear_logprob": {"reference": "sami_fast.kernels.reference"},
     "linear_kl": {"reference": "sami_fast.kernels.reference"},
     "segment_infonce": {"reference": "sami_fast.kernels.reference", "cuda": "sami_fast.kernels.segment_infonce"},
@@ -154,6 +158,16 @@ def _prefix_attention_autograd(ctx, grad_out, grad_lse):
 _prefix_attention.register_autograd(_prefix_attention_autograd, setup_context=_prefix_attention_setup)
 
 
+def _attention_backend(backend: str | None, q: torch.Tensor, v: torch.Tensor) -> str:
+    name = _resolve("prefix_attention", backend, q.device)
+    if name == "triton":
+        triton_runs = _HAS_TRITON and q.dtype != torch.float64 and max(q.shape[2], v.shape[2]) <= 256
+        if backend is None and not triton_runs:
+            return "reference"
+        _expect(_HAS_TRITON, "backend", "triton to be installed for 'triton'", "no such package")
+    return name
+
+
 def prefix_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -179,6 +193,7 @@ def prefix_attention(
         softcap: scores become `softcap * tanh(score / softcap)`.
         sinks: [Hq], a logit a head that takes part in the softmax and carries no value.
         return_lse: also return the log-sum-exp of the scores (sinks included), differentiable.
+        backend: None is "reference"; "triton" takes no float64 and head sizes of at most 256.
 
     Returns:
         [T, Hq, Dv] of q's dtype; with `return_lse` also [T, Hq], float32 (float64 for float64).
@@ -215,7 +230,7 @@ def prefix_attention(
         D**-0.5 if scale is None else float(scale),
         window,
         softcap,
-        _resolve("prefix_attention", backend, q.device),
+        _attention_backend(backend, q, v),
     )
     return (out, lse) if return_lse else out
 

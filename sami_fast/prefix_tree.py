@@ -15,6 +15,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from sami_fast.tile_plan import positions
+
 
 @dataclass(frozen=True)
 class Group:
@@ -106,7 +108,8 @@ class AttentionPlan:
         """Plan for packed arrays ([T] integers each).
 
         Raises:
-            ValueError: when the subtrees do not nest, i.e. the arrays are no depth-first preorder.
+            ValueError: when the subtrees do not nest, i.e. the arrays are no depth-first preorder, or a position is not
+                the depth that they give.
         """
         subtree_end, position_ids = np.asarray(subtree_end), np.asarray(position_ids)
         T = len(subtree_end)
@@ -124,6 +127,12 @@ class AttentionPlan:
                     f"inside a subtree that ends at {enclosing[-1]}"
                 )
             enclosing.append(subtree)
+        depth = positions(nodes)
+        if wrong := np.flatnonzero(depth != position_ids)[:1].tolist():
+            raise ValueError(
+                f"position_ids: expected the depth of each token in its tree, {depth[wrong[0]]} for token {wrong[0]}, "
+                f"got {position_ids[wrong[0]]}"
+            )
         return cls(
             torch.from_numpy(subtree_end.astype(np.int32)),
             torch.from_numpy(position_ids.astype(np.int32)),

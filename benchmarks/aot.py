@@ -1,0 +1,238 @@
+"""Ahead-of-time gate: compile every shipped attention kernel for sm_90 and sm_80, with no GPU present, and check it.
+
+    python -m benchmarks.aot [--jobs 2] [--only "sm_90 bf16 128"]
+
+Checked from PTX and from what ptxas reports: no spilled bytes, shared memory within the limit, and in every inner loop
+asynchronous copies and, for 16-bit types on sm_90, `wgmma` that the assembler did not serialise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sami_fast.kernels import prefix_attention as kernels
+
+# Bytes of shared memory a program may use. Pointer configurations also serve sm_86, sm_89 and sm_120.
+SHARED_MEMORY = {"descriptors": 227 << 10, "pointers": 99 << 10}
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What decides the code of a kernel."""
+
+    architecture: int
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    group: int = 4
+    options: bool = False  # window, soft-cap and sinks
+
+    def __str__(self) -> str:
+        size = f"{self.head_dim}" if self.head_dim == self.value_dim else f"{self.head_dim}/{self.value_dim}"
+        notes = (
+            " all options" * self.options + " unaligned" * (not self.aligned) + f" G={self.group}" * (self.group != 4)
+        )
+        return f"sm_{self.architecture} {_TYPES[self.dtype]} {size}{notes}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled kernel; `loops` lists (matrix instructions, asynchronous copies) of each loop that multiplies."""
+
+    case: Case
+    kernel: str
+    launch: str
+    loads: str
+    registers: int
+    spilled: int
+    shared: int
+    wgmma: int
+    mma: int
+    serialised: bool
+    loops: list[tuple[int, int]]
+    failures: list[str] = field(default_factory=list)
+
+
+def cases() -> Iterator[Case]:
+    """Every shipped configuration, with and without options; head sizes between powers of two share the larger's."""
+    for architecture in (90, 80):
+        for D, DV in ((64, 64), (128, 128), (256, 256), (192, 128)):
+            yield Case(architecture, torch.bfloat16, D, DV)
+            yield Case(architecture, torch.bfloat16, D, DV, options=True)
+        for D in (80, 96, 192):
+            yield Case(architecture, torch.bfloat16, D, D)
+        for D in (64, 128, 256):
+            yield Case(architecture, torch.float32, D, D, options=True)
+        yield Case(architecture, torch.float16, 128, 128)
+        yield Case(architecture, torch.bfloat16, 128, 128, group=7)
+
+
+def calls(case: Case) -> list[kernels.Call]:
+    """The launches of a forward and a backward, on tensors without memory."""
+    T, Hkv = 64, 2
+    D, DV, Hq = case.head_dim, case.value_dim, Hkv * case.group
+
+    shapes = (Hq, D), (Hkv, D), (Hkv, DV), (Hq, DV)
+    q, k, v, grad_out = (torch.empty((T, *shape), dtype=case.dtype, device="meta") for shape in shapes)
+    nodes = torch.tensor([[0, T, T]], dtype=torch.int32)
+    position_ids = torch.empty(T, dtype=torch.int32, device="meta")
+    window, softcap = (16, 30.0) if case.options else (None, None)
+    attention = kernels.Attention.prepare(
+        q, k, v, position_ids, nodes, D**-0.5, window, softcap, architecture=case.architecture
+    )
+    sinks = torch.empty(Hq, device="meta") if case.options else None
+    out = torch.empty_like(grad_out)
+    lse = torch.empty((T, Hq), device="meta")
+    shift = torch.empty((Hq, 128), device="meta")
+    backward = kernels.backward_calls(attention, grad_out, lse, out, lse, shift, q, k, v)
+    return [kernels.forward_call(attention, sinks, out, lse), *backward]
+
+
+def _source(call: kernels.Call) -> ASTSource:
+    """What the launcher would compile for these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(call.kernel.params):
+        value = call.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            kind = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, TensorDescriptor):
+            kind = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>".replace(" ", "")
+        elif isinstance(value, torch.Tensor):
+            kind = "*" + _TYPES[value.dtype]
+        else:
+            kind = "fp32" if isinstance(value, float) else "i32"
+        signature[parameter.name] = kind
+        multiple = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+        if kind.startswith("*") or (kind == "i32" and multiple):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(call.kernel, signature, constants, attributes)
+
+
+def _compile(call: kernels.Call, architecture: int) -> tuple[triton.compiler.CompiledKernel, str]:
+    """The compiled kernel, and what ptxas said."""
+    log = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        for scope in (knobs.nvidia, knobs.compilation, knobs.cache):
+            stack.enter_context(scope.scope())
+        knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        stack.enter_context(contextlib.redirect_stdout(log))
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(_source(call), target=target, options=call.options)
+    return compiled, log.getvalue()
+
+
+def _loops(ptx: str, matrix: re.Pattern) -> list[tuple[int, int]]:
+    """(matrix instructions, asynchronous copies) between each label and the branches back to it, where any multiply."""
+    copy = re.compile(r"\bcp\.async\.(?:c[ag]\.shared|bulk\.tensor)")
+    lines = ptx.splitlines()
+    labels: dict[str, int] = {}
+    found = []
+    for index, line in enumerate(lines):
+        if label := re.match(r"(\$L\w+):", line):
+            labels[label[1]] = index
+        elif (branch := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)) and branch[1] in labels:
+            body = lines[labels[branch[1]] : index]
+            count = sum(bool(matrix.search(x)) for x in body)
+            if count:
+                found.append((count, sum(bool(copy.search(x)) for x in body)))
+    return found
+
+
+def check(case: Case) -> list[Report]:
+    """Compile the launches of a case and say what is wrong with each."""
+    reports = []
+    for call in calls(case):
+        compiled, log = _compile(call, case.architecture)
+        ptx = compiled.asm["ptx"]
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+        name = call.kernel.__name__.strip("_").removesuffix("_kernel")
+        if name == "grad_kv":
+            name = "grad_" + "".join(x for x in "kv" if call.arguments[f"grad_{x}"] is not None)
+        half = case.dtype != torch.float32
+        multiplies = name != "row_statistics"
+        loads = "descriptors" if call.arguments.get("DESCRIPTORS") else "pointers"
+        blocks = [str(call.arguments[b]) for b in ("BLOCK_M", "BLOCK_N") if b in call.arguments]
+        report = Report(
+            case=case,
+            kernel=name,
+            launch=f"{'x'.join(blocks)} w{call.options['num_warps']} s{call.options['num_stages']}",
+            loads=loads,
+            registers=int(re.search(r"Used (\d+) registers", log)[1]),
+            spilled=spilled,
+            shared=compiled.metadata.shared,
+            wgmma=ptx.count("wgmma.mma_async"),
+            mma=len(re.findall(r"\bmma\.sync", ptx)),
+            serialised="wgmma.mma_async instructions are serialized" in log,
+            loops=_loops(ptx, re.compile(r"wgmma\.mma_async|\bmma\.sync" if half else r"\bfma\.rn\.f32")),
+        )
+        limit = SHARED_MEMORY[loads]
+        problems = {
+            "spills": report.spilled > 0,
+            f"shared memory above {limit}": report.shared > limit,
+            "a loop for full and one for partial steps expected": multiplies and len(report.loops) < 2,
+            "a loop without asynchronous copies": any(copies == 0 for _, copies in report.loops),
+            "no wgmma": multiplies and half and case.architecture == 90 and report.wgmma == 0,
+            "wgmma serialised": report.serialised and loads == "descriptors",
+        }
+        report.failures.extend(problem for problem, there in problems.items() if there)
+        reports.append(report)
+    return reports
+
+
+_HEADER = (
+    f"{'case':32} {'kernel':15} {'launch':15} {'loads':11} {'regs':>4} {'spill':>5} {'shared':>6} {'wgmma':>5} "
+    f"{'mma':>4}  loops (matrix, copies)"
+)
+
+
+def line(report: Report) -> str:
+    """One row of the table."""
+    return (
+        f"{report.case!s:32} {report.kernel:15} {report.launch:15} {report.loads:11} {report.registers:4} "
+        f"{report.spilled:5} {report.shared:6} {report.wgmma:5} {report.mma:4}  "
+        + " ".join(f"({work}, {copies})" for work, copies in report.loops)
+        + "".join(f"  FAILED: {problem}" for problem in report.failures)
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
+    options = parser.parse_args(arguments)
+    if not isinstance(kernels._forward_kernel, triton.JITFunction):
+        parser.error("TRITON_INTERPRET: expected unset, as interpreted kernels are not compiled")
+    print(f"triton {triton.__version__}\n{_HEADER}", flush=True)
+    failed = total = 0
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for reports in pool.map(check, [case for case in cases() if options.only in str(case)]):
+            for report in reports:
+                print(line(report), flush=True)
+                failed += bool(report.failures)
+                total += 1
+    print(f"{total - failed} of {total} kernels passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

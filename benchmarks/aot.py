@@ -46,9 +46,7 @@ class Case:
 
     def __str__(self) -> str:
         size = f"{self.head_dim}" if self.head_dim == self.value_dim else f"{self.head_dim}/{self.value_dim}"
-        notes = (
-            " all options" * self.options + " unaligned" * (not self.aligned) + f" G={self.group}" * (self.group != 4)
-        )
+        notes = " all options" * self.options + f" G={self.group}" * (self.group != 4)
         return f"sm_{self.architecture} {_TYPES[self.dtype]} {size}{notes}"
 
 
@@ -88,7 +86,6 @@ def calls(case: Case) -> list[kernels.Call]:
     """The launches of a forward and a backward, on tensors without memory."""
     T, Hkv = 64, 2
     D, DV, Hq = case.head_dim, case.value_dim, Hkv * case.group
-
     shapes = (Hq, D), (Hkv, D), (Hkv, DV), (Hq, DV)
     q, k, v, grad_out = (torch.empty((T, *shape), dtype=case.dtype, device="meta") for shape in shapes)
     nodes = torch.tensor([[0, T, T]], dtype=torch.int32)

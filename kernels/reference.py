@@ -13,6 +13,8 @@ import torch
 
 _SCORE_BYTES = 2 << 20  # one block of attention scores: stays in the caches
 _LOGIT_BYTES = 64 << 20  # one chunk of logits
+_LOGIT_ROWS = 1024  # at most, in a block of logits
+_CACHED_LOGIT_BYTES = 4 << 20  # the same where it should stay in the caches
 _NEG_INF = float("-inf")
 
 
@@ -32,10 +34,10 @@ def _heads_first(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     return x.transpose(0, 1).reshape(num_kv_heads, T * group, D)
 
 
-def _tokens_first(x: torch.Tensor, T: int, dtype: torch.dtype) -> torch.Tensor:
+def _tokens_first(x: torch.Tensor, T: int) -> torch.Tensor:
     """[Hkv, T * G, D] -> contiguous [T, H, D]."""
     Hkv, rows, D = x.shape
-    return x.view(Hkv, T, rows // T, D).transpose(0, 1).reshape(T, Hkv * rows // T, D).to(dtype).contiguous()
+    return x.view(Hkv, T, rows // T, D).transpose(0, 1).reshape(T, Hkv * rows // T, D).contiguous()
 
 
 def _blocks(
@@ -82,86 +84,112 @@ def _fuses(q: torch.Tensor, v: torch.Tensor, window: int | None, softcap: float 
     return q.device.type == "cpu" and window is None and softcap is None and q.shape[-1] == v.shape[-1]
 
 
-def _fused_blocks(
-    nodes: torch.Tensor, group: int, q_side: tuple[torch.Tensor, ...], kv_side: tuple[torch.Tensor, ...]
-) -> Iterator[tuple[slice, slice, bool, list[torch.Tensor], list[torch.Tensor]]]:
-    """Per node: its rows against its own keys (causal), then all rows below against them; [Hkv, G, n, ...] each.
+def _by_head(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """[T, H, ...] -> [Hkv, H / Hkv, T, ...], in the compute dtype and without a copy when it has that already."""
+    return x.to(_compute_dtype(x)).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, *range(3, x.dim() + 1))
 
-    Heads apart rather than as rows, since the fused backward spreads heads over threads.
+
+def _rows_in_memory(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _fused_blocks(nodes: torch.Tensor) -> Iterator[tuple[slice, slice, bool, bool]]:
+    """(rows, keys, causal, first) per node: its rows against its own keys, then all rows below against them.
+
+    `first`: no earlier block had these rows.
     """
+    tree_end = 0
     for begin, end, subtree in nodes.tolist():
-        keys = slice(begin, end)
-        heads = [x[:, None, keys].expand(-1, group, -1, -1) for x in kv_side]
-        for low, high in ((begin, end), (end, subtree)):
-            if low < high:
-                at = slice(low * group, high * group)
-                queries = [x[:, at].unflatten(1, (high - low, group)).transpose(1, 2) for x in q_side]
-                yield at, keys, low == begin, queries, heads
-
-
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[Hkv, G, n, ...] -> [Hkv, n * G, ...]."""
-    return x.transpose(1, 2).flatten(1, 2)
+        is_root = begin >= tree_end
+        tree_end = max(tree_end, subtree)
+        yield slice(begin, end), slice(begin, end), True, is_root
+        if end < subtree:
+            yield slice(end, subtree), slice(begin, end), False, is_root
 
 
 def _fused_forward(
-    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, nodes: torch.Tensor, group: int, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, nodes: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [Hkv, T * G, Dv] and log-sum-exp [Hkv, T * G, 1], merged block by block."""
-    out = torch.zeros_like(rows)
-    lse = rows.new_full((*rows.shape[:2], 1), _NEG_INF)
-    for at, _, causal, (q,), (k, v) in _fused_blocks(nodes, group, (rows,), (keys, values)):
-        block = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-        block_out, block_lse = _as_rows(block[0]), _as_rows(block[1]).unsqueeze(-1)
-        before = lse[:, at]
-        after = torch.logaddexp(before, block_lse)
-        out[:, at] = out[:, at].mul_((before - after).exp_()).add_(block_out * (block_lse - after).exp_())
-        lse[:, at] = after
+    """Output [T, Hq, D] and log-sum-exp [T, Hq] in the compute dtype, merged block by block."""
+    T, Hq, D = q.shape
+    Hkv = k.shape[1]
+    out = torch.empty((T, Hq, D), dtype=_compute_dtype(q))
+    lse = torch.empty((T, Hq), dtype=_compute_dtype(q))
+    to_out, to_lse = _by_head(out, Hkv), _by_head(lse, Hkv)
+    queries = _rows_in_memory(_by_head(q, Hkv))
+    keys, values = (_rows_in_memory(_by_head(x, Hkv)).expand(-1, Hq // Hkv, -1, -1) for x in (k, v))
+    for rows, at, causal, first in _fused_blocks(nodes):
+        block_out, block_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries[:, :, rows], keys[:, :, at], values[:, :, at], 0.0, causal, scale=scale
+        )
+        if first:
+            to_out[:, :, rows], to_lse[:, :, rows] = block_out, block_lse
+        else:
+            before = to_lse[:, :, rows]
+            to_out[:, :, rows].lerp_(block_out, (block_lse - before).sigmoid_().unsqueeze(-1))
+            to_lse[:, :, rows] = torch.logaddexp(before, block_lse)
     return out, lse
 
 
 def _fused_backward(
-    upstream: torch.Tensor,
-    rows: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     nodes: torch.Tensor,
-    group: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of rows, keys and values; the LSE of all a row sees makes each block's weights its final ones."""
-    grad_q, grad_k, grad_v = torch.zeros_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
-    for at, key_at, causal, (do, q, o, row_lse), (k, v) in _fused_blocks(
-        nodes, group, (upstream, rows, out, lse), (keys, values)
-    ):
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, q, k, v, o, row_lse.squeeze(-1).contiguous(), 0.0, causal, scale=scale
+    """Gradients of q, k, v in the compute dtype; the LSE of all a row sees makes each block's weights its final ones."""
+    Hq, Hkv = q.shape[1], k.shape[1]
+    grads = [torch.empty(x.shape, dtype=_compute_dtype(x)) for x in (q, k, v)]
+    to_q, *to_kv = (_by_head(grad, Hkv) for grad in grads)
+    upstream, queries, output, row_lse = (_rows_in_memory(_by_head(x, Hkv)) for x in (grad_out, q, out, lse))
+    keys, values = (_rows_in_memory(_by_head(x, Hkv)).expand(-1, Hq // Hkv, -1, -1) for x in (k, v))
+    for rows, at, causal, first in _fused_blocks(nodes):
+        grad_q, *grad_kv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            upstream[:, :, rows],
+            queries[:, :, rows],
+            keys[:, :, at],
+            values[:, :, at],
+            output[:, :, rows],
+            row_lse[:, :, rows].contiguous(),
+            0.0,
+            causal,
+            scale=scale,
         )
-        grad_q[:, at] += _as_rows(dq)
-        grad_k[:, key_at] += dk.sum(dim=1)
-        grad_v[:, key_at] += dv.sum(dim=1)
-    return grad_q, grad_k, grad_v
+        if first:
+            to_q[:, :, rows] = grad_q
+        else:
+            to_q[:, :, rows] += grad_q
+        for to, grad in zip(to_kv, grad_kv, strict=True):
+            if causal:  # the first block of these keys
+                torch.sum(grad, dim=1, keepdim=True, out=to[:, :, at])
+            else:
+                to[:, :, at] += grad.sum(dim=1, keepdim=True)
+    return tuple(grads)
 
 
 def _blockwise_forward(
-    rows: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     position_ids: torch.Tensor,
     nodes: torch.Tensor,
-    num_heads: int,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `_fused_forward`, with every option: online softmax over a row's blocks."""
-    group = num_heads // rows.shape[0]
+    T, Hq, _ = q.shape
+    Hkv = k.shape[1]
+    group = Hq // Hkv
+    rows, keys, values = _heads_first(q, Hkv), _heads_first(k, Hkv), _heads_first(v, Hkv)
     highest = rows.new_full((*rows.shape[:2], 1), _NEG_INF)
     total = torch.zeros_like(highest)
     out = rows.new_zeros((*rows.shape[:2], values.shape[2]))
-    for low, high, begin, end, visible in _blocks(nodes, position_ids, num_heads, rows.element_size(), window):
+    for low, high, begin, end, visible in _blocks(nodes, position_ids, Hq, rows.element_size(), window):
         at = slice(low * group, high * group)
         scores = _scores(rows[:, at], keys[:, begin:end], scale, softcap, visible, group)
         before = highest[:, at]
@@ -173,7 +201,7 @@ def _blockwise_forward(
         total[:, at] = total[:, at].mul_(decay).add_(weights.sum(dim=-1, keepdim=True))
         out[:, at] = out[:, at].mul_(decay).add_(torch.matmul(weights, values[:, begin:end]))
         highest[:, at] = after
-    return out.div_(total), highest.add_(total.log_())
+    return _tokens_first(out.div_(total), T), _tokens_first(highest.add_(total.log_()), T).squeeze(-1)
 
 
 def prefix_attention_forward(
@@ -188,40 +216,38 @@ def prefix_attention_forward(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [T, Hq, Dv] and log-sum-exp [T, Hq], sinks included."""
-    T, Hq, _ = q.shape
-    Hkv = k.shape[1]
-    group = Hq // Hkv
-    rows, keys, values = _heads_first(q, Hkv), _heads_first(k, Hkv), _heads_first(v, Hkv)
     if _fuses(q, v, window, softcap):
-        out, lse = _fused_forward(rows, keys, values, nodes, group, scale)
+        out, lse = _fused_forward(q, k, v, nodes, scale)
     else:
-        out, lse = _blockwise_forward(rows, keys, values, position_ids, nodes, Hq, scale, window, softcap)
+        out, lse = _blockwise_forward(q, k, v, position_ids, nodes, scale, window, softcap)
     if sinks is not None:
-        sink_rows = sinks.to(rows.dtype).view(Hkv, 1, group).expand(Hkv, T, group).reshape(Hkv, T * group, 1)
-        with_sinks = torch.logaddexp(lse, sink_rows)
-        out.mul_((lse - with_sinks).exp_())
+        with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype))
+        out.mul_((lse - with_sinks).exp_().unsqueeze(-1))
         lse = with_sinks
-    return _tokens_first(out, T, q.dtype), _tokens_first(lse, T, lse.dtype).squeeze(-1)
+    return out.to(q.dtype), lse
 
 
 def _blockwise_backward(
-    upstream: torch.Tensor,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     shift: torch.Tensor,
-    rows: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    lse_rows: torch.Tensor,
+    lse: torch.Tensor,
     position_ids: torch.Tensor,
     nodes: torch.Tensor,
-    num_heads: int,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `_fused_backward`, with every option; scores are recomputed block by block."""
-    group = num_heads // rows.shape[0]
+    T, Hq, _ = q.shape
+    Hkv = k.shape[1]
+    group = Hq // Hkv
+    rows, keys, values, upstream = (_heads_first(x, Hkv) for x in (q, k, v, grad_out))
+    lse_rows, shift = (_heads_first(x.unsqueeze(-1), Hkv) for x in (lse, shift))
     grad_q, grad_k, grad_v = torch.zeros_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
-    for low, high, begin, end, visible in _blocks(nodes, position_ids, num_heads, rows.element_size(), window):
+    for low, high, begin, end, visible in _blocks(nodes, position_ids, Hq, rows.element_size(), window):
         at = slice(low * group, high * group)
         scores = _scores(rows[:, at], keys[:, begin:end], scale, softcap, visible, group)
         cap_slope = None if softcap is None else scores.div(softcap).square_().neg_().add_(1.0)
@@ -235,7 +261,7 @@ def _blockwise_backward(
         grad_scores.mul_(scale)
         grad_q[:, at].add_(torch.matmul(grad_scores, keys[:, begin:end]))
         grad_k[:, begin:end].add_(torch.matmul(grad_scores.transpose(1, 2), rows[:, at]))
-    return grad_q, grad_k, grad_v
+    return _tokens_first(grad_q, T), _tokens_first(grad_k, T), _tokens_first(grad_v, T)
 
 
 def prefix_attention_backward(
@@ -254,28 +280,18 @@ def prefix_attention_backward(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and sinks (empty without sinks)."""
-    T, Hq, _ = q.shape
-    Hkv = k.shape[1]
-    group = Hq // Hkv
-    rows, keys, values = _heads_first(q, Hkv), _heads_first(k, Hkv), _heads_first(v, Hkv)
-    upstream, lse_rows = _heads_first(grad_out, Hkv), _heads_first(lse.unsqueeze(-1), Hkv)
-    out_rows = _heads_first(out, Hkv)
-    # d(score) = p * (d(p) - shift): the softmax Jacobian and the gradient of the LSE output in one per-row number.
-    shift = (upstream * out_rows).sum(dim=-1, keepdim=True) - _heads_first(grad_lse.unsqueeze(-1), Hkv)
-    if _fuses(q, v, window, softcap) and not bool(grad_lse.any()):
-        grads = _fused_backward(upstream, rows, keys, values, out_rows, lse_rows, nodes, group, scale)
-    else:
-        grads = _blockwise_backward(
-            upstream, shift, rows, keys, values, lse_rows, position_ids, nodes, Hq, scale, window, softcap
-        )
+    fused = _fuses(q, v, window, softcap) and not bool(grad_lse.any())
     grad_sinks = q.new_zeros(0)
+    if not fused or sinks is not None:
+        # d(score) = p * (d(p) - shift): the softmax Jacobian and the gradient of the LSE output in one per-row number.
+        shift = (grad_out.to(lse.dtype) * out).sum(dim=-1) - grad_lse
     if sinks is not None:
-        sink_weight = (sinks.to(lse.dtype) - lse).exp()
-        grad_sinks = -(sink_weight * _tokens_first(shift, T, lse.dtype).squeeze(-1)).sum(dim=0).to(sinks.dtype)
-    return (
-        *(_tokens_first(grad, T, like.dtype) for grad, like in zip(grads, (q, k, v), strict=True)),
-        grad_sinks,
-    )
+        grad_sinks = -((sinks.to(lse.dtype) - lse).exp() * shift).sum(dim=0).to(sinks.dtype)
+    if fused:
+        grads = _fused_backward(grad_out, q, k, v, out, lse, nodes, scale)
+    else:
+        grads = _blockwise_backward(grad_out, q, k, v, shift, lse, position_ids, nodes, scale, window, softcap)
+    return (*(grad.to(q.dtype) for grad in grads), grad_sinks)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -288,6 +304,19 @@ def _row_chunks(num_rows: int, vocab_size: int, itemsize: int) -> Iterator[slice
         yield slice(low, min(low + height, num_rows))
 
 
+def _logit_blocks(num_rows: int, weight: torch.Tensor, itemsize: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Chunks of rows, and the blocks of the vocabulary that each chunk walks.
+
+    On the CPU a block of logits stays in the caches between the products and what is done to it in between.
+    """
+    budget = _CACHED_LOGIT_BYTES if weight.device.type == "cpu" else _LOGIT_BYTES
+    width = max(16, budget // (min(_LOGIT_ROWS, max(num_rows, 1)) * itemsize))
+    V = weight.shape[0]
+    blocks = [slice(low, min(low + width, V)) for low in range(0, V, width)]
+    for low in range(0, num_rows, _LOGIT_ROWS):
+        yield slice(low, min(low + _LOGIT_ROWS, num_rows)), blocks
+
+
 def _logits(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -298,13 +327,7 @@ def _logits(
 ) -> torch.Tensor:
     """[rows, V] softcap(scale * (hidden @ weight.T + bias)), never rounded below the compute dtype."""
     dtype = _compute_dtype(hidden)
-    hidden = hidden.to(dtype)
-    logits = hidden.new_empty((hidden.shape[0], weight.shape[0])) if out is None else out
-    if weight.dtype == dtype:
-        torch.mm(hidden, weight.t(), out=logits)
-    else:
-        for block in range(0, weight.shape[0], 8192):  # widening the whole weight at once would double its memory
-            torch.mm(hidden, weight[block : block + 8192].to(dtype).t(), out=logits[:, block : block + 8192])
+    logits = torch.mm(hidden.to(dtype), weight.to(dtype).t(), out=out)
     if bias is not None:
         logits.add_(bias)
     if scale != 1.0:
@@ -314,28 +337,9 @@ def _logits(
     return logits
 
 
-def _logit_slope(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor | float:
-    """d(logit) / d(hidden @ weight.T)."""
-    return scale if softcap is None else logits.div(softcap).square_().neg_().add_(1.0).mul_(scale)
-
-
-def _times_weight(grad_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[rows, V] @ [V, H] with a weight of a narrower dtype widened block by block."""
-    if weight.dtype == grad_logits.dtype:
-        return grad_logits @ weight
-    out = grad_logits.new_zeros((grad_logits.shape[0], weight.shape[1]))
-    for block in range(0, weight.shape[0], 8192):
-        out.addmm_(grad_logits[:, block : block + 8192], weight[block : block + 8192].to(out.dtype))
-    return out
-
-
-def _label_gradient(
-    logits: torch.Tensor, lse: torch.Tensor, labels: torch.Tensor, logprob: torch.Tensor, slope: torch.Tensor | float
-) -> torch.Tensor:
-    """[rows, V] d(log p(label)) / d(hidden @ weight.T) = (onehot - p) * slope; overwrites `logits`."""
-    grad = logits.sub_(lse[:, None]).exp_().neg_()
-    grad.scatter_(1, labels[:, None], -torch.expm1(logprob)[:, None])
-    return grad.mul_(slope)
+def _cap_slope(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """d(softcap * tanh(x / softcap)) / dx, from the capped value."""
+    return logits.div(softcap).square_().neg_().add_(1.0)
 
 
 def linear_logprob_forward(
@@ -349,29 +353,52 @@ def linear_logprob_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log p(label) [N], log-sum-exp [N], and what is kept for the backward.
 
-    `keep`: "hidden_grad", d(log p)/d(hidden) [N, H]; "probabilities" [N, V] (no soft-cap); "nothing" [0].
+    `keep`: "hidden_grad", d(log p)/d(hidden) [N, H]; "logits" [N, V]; "nothing" [0].
     """
     dtype = _compute_dtype(hidden)
-    N = hidden.shape[0]
+    N, (V, H) = hidden.shape[0], weight.shape
     logprob, lse = hidden.new_empty(N, dtype=dtype), hidden.new_empty(N, dtype=dtype)
-    kept = hidden.new_empty(0, dtype=dtype)
-    if keep == "hidden_grad":
-        kept = torch.empty_like(hidden)
-    elif keep == "probabilities":
-        kept = hidden.new_empty((N, weight.shape[0]), dtype=dtype)
-    for rows in _row_chunks(N, weight.shape[0], lse.element_size()):
-        out = kept[rows] if keep == "probabilities" else None
-        logits = _logits(hidden[rows], weight, bias, logit_scale, softcap, out)
-        lse[rows] = torch.logsumexp(logits, dim=-1)
+    kept = hidden.new_empty((N, H)) if keep == "hidden_grad" else lse.new_empty((N, V) if keep == "logits" else 0)
+    lowest = torch.finfo(dtype).min  # of a block whose logits are all -inf
+    for rows, blocks in _logit_blocks(N, weight, lse.element_size()):
+        states = hidden[rows].to(dtype)
+        highest = states.new_full((len(states), 1), lowest)
+        total, label_logit = torch.zeros_like(highest), torch.zeros_like(highest)
+        mean_row = torch.zeros_like(states)  # sum of weight rows by exp(logit - highest)
+        for at in blocks:
+            vectors = weight[at].to(dtype)
+            out = kept[rows, at] if keep == "logits" else None
+            logits = _logits(states, vectors, None if bias is None else bias[at], logit_scale, softcap, out)
+            inside, index = _in_block(labels[rows], at)
+            label_logit = torch.where(inside, logits.gather(1, index), label_logit)
+            after = torch.maximum(highest, logits.amax(dim=1, keepdim=True))
+            weights = torch.sub(logits, after).exp_()
+            decay = (highest - after).exp_()
+            total.mul_(decay).add_(weights.sum(dim=1, keepdim=True))
+            highest = after
+            if keep == "hidden_grad":
+                # The label's part of the mean is left out and taken off its own row below: 1 - p without cancellation.
+                weights.scatter_(1, index, weights.gather(1, index).masked_fill_(inside, 0.0))
+                if softcap is not None:
+                    weights.mul_(_cap_slope(logits, softcap))
+                mean_row.mul_(decay).addmm_(weights, vectors)
+        lse[rows] = (highest + total.log()).squeeze(1)
         # Rounding may put a certain label's logit an ulp above the log-sum-exp; a log-probability is never positive.
-        logprob[rows] = (logits.gather(1, labels[rows, None]).squeeze(1) - lse[rows]).clamp_(max=0.0)
-        if keep == "probabilities":
-            logits.sub_(lse[rows, None]).exp_()
-        elif keep == "hidden_grad":
-            slope = _logit_slope(logits, logit_scale, softcap)
-            grad = _label_gradient(logits, lse[rows], labels[rows], logprob[rows], slope)
-            kept[rows] = _times_weight(grad, weight).to(hidden.dtype)
+        logprob[rows] = (label_logit.squeeze(1) - lse[rows]).clamp_(max=0.0)
+        if keep == "hidden_grad":
+            of_label = -torch.expm1(logprob[rows, None])
+            if softcap is not None:
+                of_label.mul_(_cap_slope(label_logit, softcap))
+            label_row = weight[labels[rows]].to(dtype)
+            kept[rows] = label_row.mul_(of_label).sub_(mean_row.div_(total)).mul_(logit_scale)
     return logprob, lse, kept
+
+
+def _in_block(labels: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, 1] whether each label lies in the block, and where (somewhere valid if not)."""
+    index = (labels - block.start)[:, None]
+    width = block.stop - block.start
+    return (index >= 0) & (index < width), index.clamp(0, width - 1)
 
 
 def linear_logprob_backward(
@@ -382,29 +409,42 @@ def linear_logprob_backward(
     bias: torch.Tensor | None,
     logprob: torch.Tensor,
     lse: torch.Tensor,
-    probabilities: torch.Tensor,
+    kept_logits: torch.Tensor,
     logit_scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden, weight and bias (empty without one); without kept probabilities logits are recomputed."""
+    """Gradients of hidden, weight and bias (empty without one); logits that were not kept are recomputed."""
     dtype = _compute_dtype(hidden)
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros_like(weight, dtype=dtype)
+    grad_hidden = torch.zeros_like(hidden, dtype=dtype)
+    grad_weight = torch.empty_like(weight, dtype=dtype) if len(hidden) else torch.zeros_like(weight, dtype=dtype)
     grad_bias = weight.new_zeros(0 if bias is None else bias.shape[0], dtype=dtype)
-    for rows in _row_chunks(hidden.shape[0], weight.shape[0], lse.element_size()):
-        upstream = grad_logprob[rows, None].to(dtype)
-        if probabilities.numel():
-            grad = probabilities[rows] * (upstream * -logit_scale)
-            grad.scatter_(1, labels[rows, None], -torch.expm1(logprob[rows, None]) * (upstream * logit_scale))
-        else:
-            logits = _logits(hidden[rows], weight, bias, logit_scale, softcap)
-            slope = _logit_slope(logits, logit_scale, softcap)
-            grad = _label_gradient(logits, lse[rows], labels[rows], logprob[rows], slope).mul_(upstream)
-        grad_hidden[rows] = _times_weight(grad, weight).to(hidden.dtype)
-        grad_weight.addmm_(grad.t(), hidden[rows].to(dtype))
-        if bias is not None:
-            grad_bias.add_(grad.sum(dim=0))
-    return grad_hidden, grad_weight.to(weight.dtype), grad_bias if bias is None else grad_bias.to(bias.dtype)
+    for rows, blocks in _logit_blocks(hidden.shape[0], weight, lse.element_size()):
+        states, upstream = hidden[rows].to(dtype), grad_logprob[rows, None].to(dtype)
+        of_label = torch.expm1(logprob[rows, None])
+        for at in blocks:
+            vectors = weight[at].to(dtype)
+            if kept_logits.numel():
+                logits = kept_logits[rows, at]
+            else:
+                logits = _logits(states, vectors, None if bias is None else bias[at], logit_scale, softcap)
+            # -d(log p(label)) / d(logit) = p - onehot
+            grad = torch.sub(logits, lse[rows, None]).exp_()
+            inside, index = _in_block(labels[rows], at)
+            grad.scatter_(1, index, torch.where(inside, of_label, grad.gather(1, index)))
+            if softcap is not None:
+                grad.mul_(_cap_slope(logits, softcap))
+            grad.mul_(upstream * -logit_scale)
+            grad_hidden[rows].addmm_(grad, vectors)
+            grad_weight[at].addmm_(grad.t(), states, beta=float(rows.start > 0))  # 0: what is there is not read
+            if bias is not None:
+                grad_bias[at].add_(grad.sum(dim=0))
+    grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)
+    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """In place. (The CPU's own float32 log_softmax is off by 2e-5 to one side over a vocabulary of 49152.)"""
+    return logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))
 
 
 def linear_kl_forward(
@@ -421,8 +461,8 @@ def linear_kl_forward(
     dtype = _compute_dtype(hidden)
     kl = hidden.new_empty(hidden.shape[0], dtype=dtype)
     for rows in _row_chunks(hidden.shape[0], weight.shape[0], 2 * kl.element_size()):
-        logp = _logits(hidden[rows], weight, bias, logit_scale, softcap).log_softmax(dim=-1)
-        logp_ref = _logits(ref_hidden[rows], ref_weight, ref_bias, logit_scale, softcap).log_softmax(dim=-1)
+        logp = _log_softmax(_logits(hidden[rows], weight, bias, logit_scale, softcap))
+        logp_ref = _log_softmax(_logits(ref_hidden[rows], ref_weight, ref_bias, logit_scale, softcap))
         kl[rows] = logp_ref.neg_().add_(logp).mul_(logp.exp()).sum(dim=-1)
     return kl
 
@@ -446,12 +486,12 @@ def linear_kl_backward(
     grad_bias = weight.new_zeros(0 if bias is None else bias.shape[0], dtype=dtype)
     for rows in _row_chunks(hidden.shape[0], weight.shape[0], 2 * kl.element_size()):
         logits = _logits(hidden[rows], weight, bias, logit_scale, softcap)
-        slope = _logit_slope(logits, logit_scale, softcap)
-        logp = logits.log_softmax(dim=-1)
-        logp_ref = _logits(ref_hidden[rows], ref_weight, ref_bias, logit_scale, softcap).log_softmax(dim=-1)
-        grad = logp_ref.neg_().add_(logp).sub_(kl[rows, None]).mul_(logp.exp_())
-        grad.mul_(slope).mul_(grad_kl[rows, None].to(dtype))
-        grad_hidden[rows] = _times_weight(grad, weight).to(hidden.dtype)
+        upstream = grad_kl[rows, None].to(dtype) * logit_scale
+        slope = upstream if softcap is None else _cap_slope(logits, softcap).mul_(upstream)
+        logp = _log_softmax(logits)
+        logp_ref = _log_softmax(_logits(ref_hidden[rows], ref_weight, ref_bias, logit_scale, softcap))
+        grad = logp_ref.neg_().add_(logp).sub_(kl[rows, None]).mul_(logp.exp_()).mul_(slope)
+        grad_hidden[rows] = (grad @ weight.to(dtype)).to(hidden.dtype)
         grad_weight.addmm_(grad.t(), hidden[rows].to(dtype))
         if bias is not None:
             grad_bias.add_(grad.sum(dim=0))

@@ -18,7 +18,7 @@ from sami_fast.prefix_tree import AttentionPlan
 
 logger = logging.getLogger(__name__)
 
-_KEEP_BYTES = 256 << 20  # probabilities kept between forward and backward of a head that trains
+_KEEP_BYTES = 256 << 20  # logits kept between forward and backward of a head that trains
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # op -> backend -> module with `<op>_forward` and `<op>_backward`. The first entry that runs on a device is its default.
@@ -261,7 +261,7 @@ def _(hidden, weight, labels, bias, logit_scale, softcap, keep, backend):
     if keep == "hidden_grad":
         kept = hidden.new_empty(hidden.shape)
     else:
-        shape = (hidden.shape[0], weight.shape[0]) if keep == "probabilities" else 0
+        shape = (hidden.shape[0], weight.shape[0]) if keep == "logits" else 0
         kept = hidden.new_empty(shape, dtype=dtype)
     return logprob, torch.empty_like(logprob), kept
 
@@ -275,19 +275,19 @@ def _linear_logprob_backward(
     bias: torch.Tensor | None,
     logprob: torch.Tensor,
     lse: torch.Tensor,
-    probabilities: torch.Tensor,
+    kept_logits: torch.Tensor,
     logit_scale: float,
     softcap: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     implementation = _load("linear_logprob", backend, hidden.device.type)
     return implementation.linear_logprob_backward(
-        grad_logprob, hidden, weight, labels, bias, logprob, lse, probabilities, logit_scale, softcap
+        grad_logprob, hidden, weight, labels, bias, logprob, lse, kept_logits, logit_scale, softcap
     )
 
 
 @_linear_logprob_backward.register_fake
-def _(grad_logprob, hidden, weight, labels, bias, logprob, lse, probabilities, logit_scale, softcap, backend):
+def _(grad_logprob, hidden, weight, labels, bias, logprob, lse, kept_logits, logit_scale, softcap, backend):
     return _fake_head_gradients(hidden, weight, bias)
 
 
@@ -349,8 +349,8 @@ def linear_logprob(
     """log softmax(softcap(logit_scale * (hidden @ weight.T + bias)))[labels] without N x V logits in memory.
 
     With the head frozen the forward also stores d(log p)/d(hidden), so that the backward is a row scale. Otherwise it
-    keeps the probabilities while they take at most 256 MB, and beyond that the backward recomputes the logits chunk by
-    chunk. Extra memory: one chunk of logits (64 MB), and N x H when frozen, N x V <= 256 MB when not.
+    keeps the logits while they take at most 256 MB, and beyond that the backward recomputes them block by block. Extra
+    memory: one block of logits (64 MB on a GPU, 4 MB on the CPU), and N x H when frozen, N x V <= 256 MB when not.
 
     Args:
         hidden: [N, H]; float64, float32, float16 or bfloat16.
@@ -372,9 +372,9 @@ def linear_logprob(
     keep = "nothing"
     if torch.is_grad_enabled() and hidden.requires_grad and not head_trains:
         keep = "hidden_grad"
-    elif torch.is_grad_enabled() and head_trains and softcap is None:
+    elif torch.is_grad_enabled() and head_trains:
         itemsize = 8 if hidden.dtype == torch.float64 else 4
-        keep = "probabilities" if hidden.shape[0] * weight.shape[0] * itemsize <= _KEEP_BYTES else "nothing"
+        keep = "logits" if hidden.shape[0] * weight.shape[0] * itemsize <= _KEEP_BYTES else "nothing"
     name = _resolve("linear_logprob", backend, hidden.device)
     return _linear_logprob(hidden, weight, labels, bias, float(logit_scale), softcap, keep, name)[0]
 

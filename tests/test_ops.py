@@ -101,7 +101,7 @@ def head(rng, N, H, V, dtype, bias):
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 256 << 20])
-@pytest.mark.parametrize("chunk_bytes", [1, 64 << 20])
+@pytest.mark.parametrize("chunk_bytes", [1, 4000, 8 << 20])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
@@ -109,7 +109,8 @@ def head(rng, N, H, V, dtype, bias):
 @pytest.mark.parametrize("shape", [(1, 3, 1), (37, 8, 101), (5, 4, 50)])
 def test_linear_logprob(shape, frozen, bias, softcap, dtype, chunk_bytes, keep_bytes, monkeypatch):
     monkeypatch.setattr(ops, "_KEEP_BYTES", keep_bytes)
-    monkeypatch.setattr(reference, "_LOGIT_BYTES", chunk_bytes)
+    monkeypatch.setattr(reference, "_CACHED_LOGIT_BYTES", chunk_bytes)
+    monkeypatch.setattr(reference, "_LOGIT_ROWS", min(16, chunk_bytes))
     hidden, weight, labels, bias = head(np.random.default_rng(5), *shape, dtype, bias)
     inputs = [hidden]
     for parameter in (weight, bias):
@@ -230,7 +231,7 @@ def test_opcheck():
         torch.library.opcheck(ops._prefix_attention, (q, k, v, plan.position_ids, plan.nodes, *arguments, "reference"))
     hidden, weight, labels, bias = head(rng, 9, 8, 33, torch.float32, True)
     torch.library.opcheck(ops._linear_logprob, (hidden, weight, labels, bias, 1.0, None, "nothing", "reference"))
-    torch.library.opcheck(ops._linear_logprob, (hidden, weight, labels, bias, 0.5, None, "probabilities", "reference"))
+    torch.library.opcheck(ops._linear_logprob, (hidden, weight, labels, bias, 0.5, None, "logits", "reference"))
     torch.library.opcheck(
         ops._linear_logprob, (hidden, weight.detach(), labels, None, 1.0, 2.0, "hidden_grad", "reference")
     )

@@ -196,7 +196,7 @@ def test_features_pairwise(case, small_tiles):
 
 
 @interpreted
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     st.lists(random_groups(max_length=30), min_size=1, max_size=2),
     st.sampled_from([(1, 1), (3, 1), (4, 2)]),

@@ -141,7 +141,7 @@ def _fused_backward(
     nodes: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v in the compute dtype; the LSE of all a row sees makes each block's weights its final ones."""
+    """Gradients of q, k, v in the compute dtype; the LSE of all a row sees makes each block's weights final."""
     Hq, Hkv = q.shape[1], k.shape[1]
     grads = [torch.empty(x.shape, dtype=_compute_dtype(x)) for x in (q, k, v)]
     to_q, *to_kv = (_by_head(grad, Hkv) for grad in grads)

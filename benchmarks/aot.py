@@ -82,9 +82,9 @@ def cases() -> Iterator[Case]:
         yield Case(architecture, torch.bfloat16, 128, 128, group=7)
 
 
-def calls(case: Case) -> list[kernels.Call]:
-    """The launches of a forward and a backward, on tensors without memory."""
-    T, Hkv = 64, 2
+def calls(case: Case, T: int = 64) -> list[kernels.Call]:
+    """The launches of a forward and a backward over T tokens, on tensors without memory."""
+    Hkv = 2
     D, DV, Hq = case.head_dim, case.value_dim, Hkv * case.group
     shapes = (Hq, D), (Hkv, D), (Hkv, DV), (Hq, DV)
     q, k, v, grad_out = (torch.empty((T, *shape), dtype=case.dtype, device="meta") for shape in shapes)
@@ -97,7 +97,7 @@ def calls(case: Case) -> list[kernels.Call]:
     sinks = torch.empty(Hq, device="meta") if case.options else None
     out = torch.empty_like(grad_out)
     lse = torch.empty((T, Hq), device="meta")
-    shift = torch.empty((Hq, 128), device="meta")
+    shift = torch.empty((Hq, T + -T % 128), device="meta")
     backward = kernels.backward_calls(attention, grad_out, lse, out, lse, shift, q, k, v)
     return [kernels.forward_call(attention, sinks, out, lse), *backward]
 

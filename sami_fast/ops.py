@@ -24,8 +24,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # op -> backend -> module with `<op>_forward` and `<op>_backward`. The first entry that runs on a device is its default.
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "prefix_attention": {
-        "reference": "sami_fast.kernels.reference",
         "triton": "sami_fast.kernels.prefix_attention",
+        "reference": "sami_fast.kernels.reference",
     },
     "linear_logprob": {"reference": "sami_fast.kernels.reference"},
     "linear_kl": {"reference": "sami_fast.kernels.reference"},
@@ -193,7 +193,7 @@ def prefix_attention(
         softcap: scores become `softcap * tanh(score / softcap)`.
         sinks: [Hq], a logit a head that takes part in the softmax and carries no value.
         return_lse: also return the log-sum-exp of the scores (sinks included), differentiable.
-        backend: None is "reference"; "triton" takes no float64 and head sizes of at most 256.
+        backend: None is "triton" on CUDA, for what it takes (no float64, head sizes of at most 256), else "reference".
 
     Returns:
         [T, Hq, Dv] of q's dtype; with `return_lse` also [T, Hq], float32 (float64 for float64).

@@ -9,6 +9,3 @@ sys.path.insert(0, str(Path(__file__).parent))
 # A busy machine is no failure.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
-
-# Interpreter parity of the Triton kernel, minutes long and in step with a launcher that still changes: run it by name.
-collect_ignore = ["test_triton_attention.py"]

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,3 +56,28 @@ def test_loops_are_found():
     ptx = "$L__BB0_1:\n wgmma.mma_async\n cp.async.cg.shared\n wgmma.mma_async\n @%p1 bra $L__BB0_1;\n wgmma\n"
     assert aot._loops(ptx, matrix) == [(2, 1)]
     assert aot._loops(ptx.replace("bra $L__BB0_1", "bra $L__BB0_2"), matrix) == []
+
+
+def test_launcher_compiles_once_for_every_tree(monkeypatch):
+    """Triton's own launch path, up to the launch: it takes our arguments, and a new tree finds its kernel compiled."""
+    from benchmarks import aot
+    from sami_fast.kernels import prefix_attention as kernels
+
+    target = aot.GPUTarget("cuda", 90, 32)
+    nowhere = SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
+    )
+    monkeypatch.setattr(aot.triton.runtime.driver, "_active", nowhere)
+    functions = [f for f in vars(kernels).values() if isinstance(f, aot.triton.JITFunction) and "_kernel" in f.__name__]
+    for function in functions:
+        monkeypatch.setattr(function, "device_caches", type(function.device_caches)(function.create_binder))
+
+    def warm(case, tokens):
+        for call in aot.calls(case, tokens):
+            assert call.kernel.run(grid=call.grid, warmup=True, **call.arguments, **call.options).asm["ptx"]
+        return [len(function.device_caches[0][0]) for function in functions]
+
+    for case in (aot.Case(90, torch.bfloat16, 64, 64), aot.Case(90, torch.bfloat16, 64, 64, options=True)):
+        compiled = warm(case, 64)
+        for tokens in (1, 77, 1000):
+            assert warm(case, tokens) == compiled

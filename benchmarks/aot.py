@@ -1,9 +1,9 @@
-"""Ahead-of-time gate: compile every shipped attention kernel for sm_90 and sm_80, with no GPU present, and check it.
+"""Ahead-of-time gate: compile every shipped kernel of attention and head for sm_90 and sm_80, with no GPU present.
 
     python -m benchmarks.aot [--jobs 2] [--only "sm_90 bf16 128"]
 
-Checked from PTX and from what ptxas reports: no spilled bytes, shared memory within the limit, and in every inner loop
-asynchronous copies and, for 16-bit types on sm_90, `wgmma` that the assembler did not serialise.
+Checked from PTX and from what ptxas reports: no spilled bytes, shared memory within the limit, and in every loop that
+multiplies matrices asynchronous copies and, for 16-bit types on sm_90, `wgmma` that the assembler did not serialise.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from unittest import mock
 
 import torch
 import triton
@@ -26,11 +27,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sami_fast.kernels import configs, linear_logprob
 from sami_fast.kernels import prefix_attention as kernels
 
 # Bytes of shared memory a program may use. Pointer configurations also serve sm_86, sm_89 and sm_120.
 SHARED_MEMORY = {"descriptors": 227 << 10, "pointers": 99 << 10}
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,25 @@ class Case:
 
 
 @dataclass(frozen=True)
+class HeadCase:
+    """Of the kernels around a head's products: the size of its blocks follows from rows and vocabulary."""
+
+    architecture: int
+    dtype: torch.dtype
+    rows: int
+    vocabulary: int
+    options: bool = False  # bias, scale and soft-cap
+
+    def __str__(self) -> str:
+        size = f"head {self.rows} x {self.vocabulary}"
+        return f"sm_{self.architecture} {_TYPES[self.dtype]} {size}" + " all options" * self.options
+
+
+@dataclass(frozen=True)
 class Report:
     """One compiled kernel; `loops` lists (matrix instructions, asynchronous copies) of each loop that multiplies."""
 
-    case: Case
+    case: Case | HeadCase
     kernel: str
     launch: str
     loads: str
@@ -68,7 +85,7 @@ class Report:
     failures: list[str] = field(default_factory=list)
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[Case | HeadCase]:
     """Every shipped configuration, with and without options; head sizes between powers of two share the larger's."""
     for architecture in (90, 80):
         for D, DV in ((64, 64), (128, 128), (256, 256), (192, 128)):
@@ -80,10 +97,17 @@ def cases() -> Iterator[Case]:
             yield Case(architecture, torch.float32, D, D, options=True)
         yield Case(architecture, torch.float16, 128, 128)
         yield Case(architecture, torch.bfloat16, 128, 128, group=7)
+        for rows, vocabulary in ((8192, 128256), (300, 128256), (300, 1000)):
+            yield HeadCase(architecture, torch.bfloat16, rows, vocabulary)
+            yield HeadCase(architecture, torch.bfloat16, rows, vocabulary, options=True)
+        yield HeadCase(architecture, torch.float32, 300, 128256, options=True)
+        yield HeadCase(architecture, torch.float16, 300, 128256)
 
 
-def calls(case: Case, T: int = 64) -> list[kernels.Call]:
-    """The launches of a forward and a backward over T tokens, on tensors without memory."""
+def calls(case: Case | HeadCase, T: int = 64) -> list[kernels.Call] | list[configs.Call]:
+    """The launches of a forward and a backward over T tokens (a head: over its rows), on tensors without memory."""
+    if isinstance(case, HeadCase):
+        return _head_calls(case)
     Hkv = 2
     D, DV, Hq = case.head_dim, case.value_dim, Hkv * case.group
     shapes = (Hq, D), (Hkv, D), (Hkv, DV), (Hq, DV)
@@ -100,6 +124,32 @@ def calls(case: Case, T: int = 64) -> list[kernels.Call]:
     shift = torch.empty((Hq, T + -T % 128), device="meta")
     backward = kernels.backward_calls(attention, grad_out, lse, out, lse, shift, q, k, v)
     return [kernels.forward_call(attention, sinks, out, lse), *backward]
+
+
+def _head_calls(case: HeadCase) -> list[configs.Call]:
+    """The launches of the three regimes, a part of the columns kept."""
+    H = 4096
+    hidden = torch.empty((case.rows, H), dtype=case.dtype, device="meta")
+    weight = torch.empty((case.vocabulary, H), dtype=case.dtype, device="meta")
+    labels = torch.empty(case.rows, dtype=torch.int64, device="meta")
+    bias = torch.empty(case.vocabulary, device="meta") if case.options else None
+    head = (hidden, weight, labels, bias)
+    options = (0.5, 30.0) if case.options else (1.0, None)
+    launches: list[configs.Call] = []
+    with mock.patch.object(configs.Call, "run", lambda call: launches.append(call)):
+        for regime, keep_columns in (("no_grad", 0), ("frozen_head", 0), ("trained_head", case.vocabulary // 128 * 64)):
+            outputs = linear_logprob.linear_logprob_forward(*head, *options, regime, keep_columns)
+        linear_logprob.linear_logprob_backward(outputs[0], *head, *outputs, *options)
+    return launches
+
+
+def _distinct(launches: list[configs.Call]) -> list[configs.Call]:
+    """One of those that compile to the same."""
+    code = {}
+    for call in launches:
+        absent = [name for name, value in call.arguments.items() if value is None]
+        code.setdefault(f"{call.kernel.__name__} {call.arguments.get('BLOCK_V')} {absent}", call)
+    return list(code.values())
 
 
 def _source(call: kernels.Call) -> ASTSource:
@@ -155,10 +205,10 @@ def _loops(ptx: str, matrix: re.Pattern) -> list[tuple[int, int]]:
     return found
 
 
-def check(case: Case) -> list[Report]:
+def check(case: Case | HeadCase) -> list[Report]:
     """Compile the launches of a case and say what is wrong with each."""
     reports = []
-    for call in calls(case):
+    for call in calls(case) if isinstance(case, Case) else _distinct(calls(case)):
         compiled, log = _compile(call, case.architecture)
         ptx = compiled.asm["ptx"]
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
@@ -166,9 +216,9 @@ def check(case: Case) -> list[Report]:
         if name == "grad_kv":
             name = "grad_" + "".join(x for x in "kv" if call.arguments[f"grad_{x}"] is not None)
         half = case.dtype != torch.float32
-        multiplies = name != "row_statistics"
+        multiplies = isinstance(case, Case) and name != "row_statistics"
         loads = "descriptors" if call.arguments.get("DESCRIPTORS") else "pointers"
-        blocks = [str(call.arguments[b]) for b in ("BLOCK_M", "BLOCK_N") if b in call.arguments]
+        blocks = [str(call.arguments[b]) for b in ("BLOCK_M", "BLOCK_N", "BLOCK_V") if b in call.arguments]
         report = Report(
             case=case,
             kernel=name,
@@ -180,7 +230,9 @@ def check(case: Case) -> list[Report]:
             wgmma=ptx.count("wgmma.mma_async"),
             mma=len(re.findall(r"\bmma\.sync", ptx)),
             serialised="wgmma.mma_async instructions are serialized" in log,
-            loops=_loops(ptx, re.compile(r"wgmma\.mma_async|\bmma\.sync" if half else r"\bfma\.rn\.f32")),
+            loops=_loops(ptx, re.compile(r"wgmma\.mma_async|\bmma\.sync" if half else r"\bfma\.rn\.f32"))
+            if isinstance(case, Case)
+            else [],
         )
         limit = SHARED_MEMORY[loads]
         problems = {

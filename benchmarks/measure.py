@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks.suite import PASSES, Arm, Case, Settings, Suite
+from benchmarks.suite import PASSES, Arm, Case, Settings, Suite, Unsupported
 
 
 def time_runs(runs: list[Callable[[], Any]], device: str, *, quick: bool) -> list[float]:
@@ -93,13 +93,15 @@ def measure(
 
         baseline = _memory_in_use(settings.device, own_process)
         begin = time.perf_counter()
-        numbers = runs[0]()
+        returned = runs[0]()
         if settings.device == "cuda":
             torch.cuda.synchronize()
         first = time.perf_counter() - begin
         if baseline is not None:
             peak = _peak_memory(settings.device)
             result["memory"] = {"baseline": baseline, "peak": peak, "above_baseline": peak - baseline}
+        numbers = prepared[0].numbers(returned)
+        del returned
 
         if reference.exists():
             result["errors"] = compare(numbers, reference, suite.limits[case.dtype])
@@ -118,6 +120,8 @@ def measure(
         result |= {"outcome": "ok", "seconds": _summary(seconds)}
     except (importlib.metadata.PackageNotFoundError, ImportError) as error:
         result |= {"outcome": "not installed", "detail": _one_line(error)}
+    except Unsupported as error:
+        result |= {"outcome": "unsupported", "detail": str(error)}
     except Exception as error:  # any failure of a peer is a finding
         outcome = "out of memory" if _is_out_of_memory(error) else "failed"
         result |= {"outcome": outcome, "detail": _one_line(error)}

@@ -19,6 +19,10 @@ PASSES = {"forward": False, "forward+backward": True}  # name -> with the backwa
 GB = 1e9
 
 
+class Unsupported(Exception):
+    """Raised by an arm that cannot do a case, with the reason: an outcome of its own, not a failure."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the user asked for; the same for every case and arm of a run.
@@ -54,21 +58,23 @@ class Case:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An arm ready to run: `run()` is what is timed and returns its numbers.
+    """An arm ready to run: `run()` is what is timed, and what it returns becomes the arm's numbers.
 
     Numbers are named tensors; those named `group:name` count as one vector under `group` when they are compared.
 
     Attributes:
-        run: () -> numbers.
+        run: () -> numbers, or whatever `numbers` takes.
         flops: floating-point operations of one run that the task needs (recomputation and padding not).
         bytes: fewest bytes that one run must move.
         facts: whatever else is worth a column in the table.
+        numbers: what `run()` returned -> numbers; not timed.
     """
 
-    run: Callable[[], dict[str, torch.Tensor]]
+    run: Callable[[], Any]
     flops: float
     bytes: float
     facts: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Callable[[Any], dict[str, torch.Tensor]] = lambda returned: returned
 
 
 @dataclass(frozen=True)

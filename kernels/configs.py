@@ -6,6 +6,7 @@ launches into the tables.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,35 @@ def prefix_attention(loads: str, name: str, head_dim: int, capped: bool) -> Laun
     """Configuration of a pass, `head_dim` being the larger of q's and v's."""
     key = loads, name, next(size for size in (64, 128, 256) if head_dim <= size)
     return (capped and PREFIX_ATTENTION_CAPPED.get(key)) or PREFIX_ATTENTION[key]
+
+
+@dataclass(frozen=True)
+class LogitBlocks:
+    """Blocks of logits: at most `rows` rows, `columns` columns (a power of two) and `elements` numbers."""
+
+    rows: int
+    columns: int
+    elements: int
+
+
+# At most 128 MB of float32 logits. A row of a block lies in the registers of one program. Blocks are about twice as
+# wide as they are high: both sums that a block adds to, over columns and over rows, then weigh little beside its GEMMs.
+LINEAR_LOGPROB = LogitBlocks(rows=4096, columns=16384, elements=1 << 25)
+
+
+def linear_logprob_warps(block_columns: int) -> int:
+    """Warps of a program that holds so many columns."""
+    return max(block_columns // 1024, 1)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel launch: to run on tensors, or to compile for a machine that is not there."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)

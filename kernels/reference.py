@@ -304,15 +304,15 @@ def _row_chunks(num_rows: int, vocab_size: int, itemsize: int) -> Iterator[slice
         yield slice(low, min(low + height, num_rows))
 
 
-def _logit_blocks(num_rows: int, weight: torch.Tensor, itemsize: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Chunks of rows, and the blocks of the vocabulary that each chunk walks.
+def _logit_blocks(num_rows: int, weight: torch.Tensor, itemsize: int, kept: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Chunks of rows, and the blocks of the vocabulary that each chunk walks, none of them across column `kept`.
 
     On the CPU a block of logits stays in the caches between the products and what is done to it in between.
     """
     budget = _CACHED_LOGIT_BYTES if weight.device.type == "cpu" else _LOGIT_BYTES
     width = max(16, budget // (min(_LOGIT_ROWS, max(num_rows, 1)) * itemsize))
-    V = weight.shape[0]
-    blocks = [slice(low, min(low + width, V)) for low in range(0, V, width)]
+    sides = (0, kept), (kept, weight.shape[0])
+    blocks = [slice(low, min(low + width, end)) for begin, end in sides for low in range(begin, end, width)]
     for low in range(0, num_rows, _LOGIT_ROWS):
         yield slice(low, min(low + _LOGIT_ROWS, num_rows)), blocks
 
@@ -349,25 +349,29 @@ def linear_logprob_forward(
     bias: torch.Tensor | None,
     logit_scale: float,
     softcap: float | None,
-    keep: str,
+    regime: str,
+    keep_columns: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log p(label) [N], log-sum-exp [N], and what is kept for the backward.
 
-    `keep`: "hidden_grad", d(log p)/d(hidden) [N, H]; "logits" [N, V]; "nothing" [0].
+    Kept are d(log p)/d(hidden) [N, H] in regime "frozen_head", else the logits of the first columns [N, keep_columns].
     """
     dtype = _compute_dtype(hidden)
     N, (V, H) = hidden.shape[0], weight.shape
+    frozen, num_kept = regime == "frozen_head", min(keep_columns, V)
     logprob, lse = hidden.new_empty(N, dtype=dtype), hidden.new_empty(N, dtype=dtype)
-    kept = hidden.new_empty((N, H)) if keep == "hidden_grad" else lse.new_empty((N, V) if keep == "logits" else 0)
+    kept = hidden.new_empty((N, H)) if frozen else lse.new_empty((N, keep_columns))
+    if not frozen:
+        kept[:, V:].zero_()
     lowest = torch.finfo(dtype).min  # of a block whose logits are all -inf
-    for rows, blocks in _logit_blocks(N, weight, lse.element_size()):
+    for rows, blocks in _logit_blocks(N, weight, lse.element_size(), num_kept):
         states = hidden[rows].to(dtype)
         highest = states.new_full((len(states), 1), lowest)
         total, label_logit = torch.zeros_like(highest), torch.zeros_like(highest)
         mean_row = torch.zeros_like(states)  # sum of weight rows by exp(logit - highest)
         for at in blocks:
             vectors = weight[at].to(dtype)
-            out = kept[rows, at] if keep == "logits" else None
+            out = kept[rows, at] if at.stop <= num_kept else None
             logits = _logits(states, vectors, None if bias is None else bias[at], logit_scale, softcap, out)
             inside, index = _in_block(labels[rows], at)
             label_logit = torch.where(inside, logits.gather(1, index), label_logit)
@@ -376,7 +380,7 @@ def linear_logprob_forward(
             decay = (highest - after).exp_()
             total.mul_(decay).add_(weights.sum(dim=1, keepdim=True))
             highest = after
-            if keep == "hidden_grad":
+            if frozen:
                 # The label's part of the mean is left out and taken off its own row below: 1 - p without cancellation.
                 weights.scatter_(1, index, weights.gather(1, index).masked_fill_(inside, 0.0))
                 if softcap is not None:
@@ -385,7 +389,7 @@ def linear_logprob_forward(
         lse[rows] = (highest + total.log()).squeeze(1)
         # Rounding may put a certain label's logit an ulp above the log-sum-exp; a log-probability is never positive.
         logprob[rows] = (label_logit.squeeze(1) - lse[rows]).clamp_(max=0.0)
-        if keep == "hidden_grad":
+        if frozen:
             of_label = -torch.expm1(logprob[rows, None])
             if softcap is not None:
                 of_label.mul_(_cap_slope(label_logit, softcap))
@@ -409,22 +413,22 @@ def linear_logprob_backward(
     bias: torch.Tensor | None,
     logprob: torch.Tensor,
     lse: torch.Tensor,
-    kept_logits: torch.Tensor,
+    kept: torch.Tensor,
     logit_scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden, weight and bias (empty without one); logits that were not kept are recomputed."""
-    dtype = _compute_dtype(hidden)
+    dtype, num_kept = _compute_dtype(hidden), min(kept.shape[1], len(weight))
     grad_hidden = torch.zeros_like(hidden, dtype=dtype)
     grad_weight = torch.empty_like(weight, dtype=dtype) if len(hidden) else torch.zeros_like(weight, dtype=dtype)
     grad_bias = weight.new_zeros(0 if bias is None else bias.shape[0], dtype=dtype)
-    for rows, blocks in _logit_blocks(hidden.shape[0], weight, lse.element_size()):
+    for rows, blocks in _logit_blocks(len(hidden), weight, lse.element_size(), num_kept):
         states, upstream = hidden[rows].to(dtype), grad_logprob[rows, None].to(dtype)
         of_label = torch.expm1(logprob[rows, None])
         for at in blocks:
             vectors = weight[at].to(dtype)
-            if kept_logits.numel():
-                logits = kept_logits[rows, at]
+            if at.stop <= num_kept:
+                logits = kept[rows, at]
             else:
                 logits = _logits(states, vectors, None if bias is None else bias[at], logit_scale, softcap)
             # -d(log p(label)) / d(logit) = p - onehot
@@ -503,7 +507,12 @@ def linear_kl_backward(
 
 
 def segment_infonce_forward(
-    token_logprobs: torch.Tensor, offsets: torch.Tensor, shapes: torch.Tensor, positives: torch.Tensor, normalize: str
+    token_logprobs: torch.Tensor,
+    offsets: torch.Tensor,
+    shapes: torch.Tensor,
+    table: torch.Tensor,
+    positives: torch.Tensor,
+    normalize: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss [B], matrix [S], metrics [B, 3] (mutual information, row and column accuracy), d(loss)/d(token) [N].
 

@@ -1,48 +1,146 @@
-"""Segment-mean InfoNCE in CUDA C++: the launcher of csrc/segment_infonce.cu.
+"""Segment-mean InfoNCE in Triton: loss, matrix, metrics and token gradients of all groups in one launch.
 
-CPU tensors run the same source compiled for the host, so that a machine without a GPU can check its arithmetic.
+One program owns a group and keeps its C x R matrix in registers. Sums over tokens run in float64, as in csrc/: the
+digits that tell two constitutions apart are the last ones of a long sum. Deterministic.
 """
 
-import torch
+import contextlib
 
-from sami_fast import _C
+import torch
+import triton
+import triton.language as tl
 
 _MAX_SIDE = 256
+_LOADS = 4096  # tokens that a program has in flight
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0 without cancellation: a Taylor polynomial where exp(x) is near 1."""
+    series = 1.0 + x * (1.0 / 5.0) * (1.0 + x * (1.0 / 6.0) * (1.0 + x * (1.0 / 7.0)))
+    series = x * (1.0 + x * (1.0 / 2.0) * (1.0 + x * (1.0 / 3.0) * (1.0 + x * (1.0 / 4.0) * series)))
+    return tl.where(x > -0.35, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _line(score, positive, counts, AXIS: tl.constexpr):
+    """Of each row (AXIS 1) or column (0): loss, hit, and d(loss)/d(score) [BLOCK_C, BLOCK_R]; 0 where not `counts`.
+
+    Unscored entries are -inf and add exp(-inf) = 0. A NaN, or nothing but -inf, makes the line NaN.
+    """
+    best_positive = tl.max(tl.where(positive, score, float("-inf")), AXIS)
+    best_negative = tl.max(tl.where(positive, float("-inf"), score), AXIS)
+    top = tl.maximum(best_positive, best_negative)
+    log_sum = tl.log(tl.sum(tl.exp(score - tl.expand_dims(top, AXIS)), AXIS))
+    count = tl.sum(positive.to(tl.float32), AXIS)
+    share = 1.0 / tl.maximum(count, 1.0)
+    # log softmax in two steps: the first keeps the digits that a large top + log_sum would round away.
+    logp = (score - tl.expand_dims(top, AXIS)) - tl.expand_dims(log_sum, AXIS)
+    loss = -tl.sum(tl.where(positive, logp, 0.0), AXIS) * share
+    hit = (best_positive > best_negative) & (log_sum == log_sum)
+    counts = counts & (count > 0)
+    grad = tl.where(positive, _expm1(logp) + tl.expand_dims(1.0 - share, AXIS), tl.exp(logp))
+    grad = tl.where(tl.expand_dims(counts, AXIS), grad, 0.0)
+    return tl.where(counts, loss, 0.0), tl.where(counts & hit, 1.0, 0.0), grad
+
+
+@triton.jit
+def _segment_infonce_kernel(
+    token_logprobs, offsets, table, positives, loss, matrix, metrics, grad_tokens,
+    MEAN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Grid: (groups,)."""
+    group = tl.program_id(0)
+    C = tl.load(table + 4 * group)
+    R = tl.load(table + 4 * group + 1)
+    first_cell = tl.load(table + 4 * group + 2).to(tl.int64)
+    first_response = tl.load(table + 4 * group + 3)
+    c = tl.arange(0, BLOCK_C)
+    r = tl.arange(0, BLOCK_R)
+    inside = (c < C)[:, None] & (r < R)[None, :]
+    cell = first_cell + c[:, None] * R + r[None, :]
+    begin = tl.load(offsets + cell, mask=inside, other=0)
+    length = (tl.load(offsets + cell + 1, mask=inside, other=0) - begin).to(tl.int32)
+    longest = tl.max(tl.max(length, 1), 0)
+
+    total = tl.zeros([BLOCK_C, BLOCK_R], tl.float64)
+    for first in range(0, longest, BLOCK_T):
+        token = first + tl.arange(0, BLOCK_T)
+        here = token[None, None, :] < length[:, :, None]
+        value = tl.load(token_logprobs + (begin[:, :, None] + token[None, None, :]), mask=here, other=0.0)
+        total += tl.sum(value.to(tl.float64), 2)
+    if MEAN:
+        total = total / tl.maximum(length, 1).to(tl.float64)
+    score = tl.where(length > 0, total.to(tl.float32), float("-inf"))
+    tl.store(matrix + cell, score, mask=inside)
+
+    owner = tl.load(positives + first_response + r, mask=r < R, other=0)
+    positive = inside & (c[:, None] == owner[None, :]) & (length > 0)
+    row_loss, row_hit, row_grad = _line(score, positive, c < C, 1)
+    column_loss, column_hit, column_grad = _line(score, positive, r < R, 0)
+    column_loss = tl.where((owner < 0) | (owner >= C), float("nan"), column_loss)  # a positive out of range
+    rows = tl.sum(row_loss, 0) / C
+    columns = tl.sum(column_loss, 0) / R
+    tl.store(loss + group, 0.5 * (columns + rows))
+    information = (tl.log(C.to(tl.float32)) - columns) + (tl.log(R.to(tl.float32)) - rows)
+    tl.store(metrics + 3 * group, 0.5 * information)
+    tl.store(metrics + 3 * group + 1, tl.sum(row_hit, 0) / C)
+    tl.store(metrics + 3 * group + 2, tl.sum(column_hit, 0) / R)
+
+    grad = 0.5 * (column_grad / R + row_grad / C)
+    if MEAN:
+        grad = grad / tl.maximum(length, 1)
+    for first in range(0, longest, BLOCK_T):
+        token = first + tl.arange(0, BLOCK_T)
+        here = token[None, None, :] < length[:, :, None]
+        value = tl.broadcast_to(grad[:, :, None], (BLOCK_C, BLOCK_R, BLOCK_T))
+        tl.store(grad_tokens + (begin[:, :, None] + token[None, None, :]), value, mask=here)
+
+
+def launch_options(C: int, R: int) -> dict[str, int]:
+    """Tile and warps for groups of at most C x R."""
+    block_c, block_r = triton.next_power_of_2(C), triton.next_power_of_2(R)
+    block_t = max(1, min(32, _LOADS // (block_c * block_r)))
+    num_warps = max(1, min(32, block_c * block_r * block_t // 512))
+    return dict(BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_T=block_t, num_warps=num_warps)
 
 
 def segment_infonce_forward(
-    token_logprobs: torch.Tensor, offsets: torch.Tensor, shapes: torch.Tensor, positives: torch.Tensor, normalize: str
+    token_logprobs: torch.Tensor,
+    offsets: torch.Tensor,
+    shapes: torch.Tensor,
+    table: torch.Tensor,
+    positives: torch.Tensor,
+    normalize: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss [B], matrix [S], metrics [B, 3], d(loss)/d(token) [N], all groups in one launch; float32 only."""
-    if token_logprobs.dtype != torch.float32:
-        raise ValueError(f"token_logprobs: expected torch.float32 for backend 'cuda', got {token_logprobs.dtype}")
-    if int(shapes.max()) > _MAX_SIDE:
-        raise ValueError(f"shapes: expected C and R of at most {_MAX_SIDE} for backend 'cuda', got {int(shapes.max())}")
+    """Loss [B], matrix [S], metrics [B, 3], d(loss)/d(token) [N]; float32 only, C and R of at most 256."""
     device = token_logprobs.device
+    C, R = shapes.amax(dim=0).tolist()
+    interpreted = not isinstance(_segment_infonce_kernel, triton.JITFunction)
+    if not interpreted and device.type != "cuda":
+        raise ValueError(
+            "token_logprobs: expected a CUDA tensor (or TRITON_INTERPRET=1 in the environment before triton is "
+            f"imported) for backend 'triton', got a tensor on {device}"
+        )
+    if token_logprobs.dtype != torch.float32:
+        raise ValueError(f"token_logprobs: expected torch.float32 for backend 'triton', got {token_logprobs.dtype}")
+    if max(C, R) > _MAX_SIDE:
+        raise ValueError(f"shapes: expected C and R of at most {_MAX_SIDE} for backend 'triton', got {C} x {R}")
     B, S = shapes.shape[0], offsets.shape[0] - 1
-    cells = shapes.prod(dim=1)
-    bases = torch.stack([cells.cumsum(0) - cells, shapes[:, 1].cumsum(0) - shapes[:, 1]], dim=1)
-    table = torch.cat([shapes, bases], dim=1).int().to(device, non_blocking=True)
-    token_logprobs, offsets, positives = token_logprobs.contiguous(), offsets.contiguous(), positives.int()
+    token_logprobs = token_logprobs.contiguous()
     loss, matrix, metrics = (token_logprobs.new_empty(size) for size in (B, S, (B, 3)))
     grad_tokens = torch.empty_like(token_logprobs)
-    arguments = {
-        "token_logprobs": token_logprobs.data_ptr(),
-        "offsets": offsets.data_ptr(),
-        "offsets_bits": 64,
-        "shapes": table.data_ptr(),
-        "positives": positives.data_ptr(),
-        "groups": B,
-        "max_cells": int(cells.max()),
-        "normalize": normalize,
-        "loss": loss.data_ptr(),
-        "metrics": metrics.data_ptr(),
-        "matrix": matrix.data_ptr(),
-        "token_grad": grad_tokens.data_ptr(),
-    }
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            _C.segment_infonce_cuda(**arguments, stream=torch.cuda.current_stream().cuda_stream)
-    else:
-        _C.segment_infonce_host(**arguments)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        _segment_infonce_kernel[(B,)](
+            token_logprobs,
+            offsets.contiguous(),
+            table,
+            positives.contiguous(),
+            loss,
+            matrix,
+            metrics,
+            grad_tokens,
+            MEAN=normalize == "mean",
+            **launch_options(C, R),
+        )
     return loss, matrix, metrics, grad_tokens

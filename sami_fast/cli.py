@@ -1,4 +1,4 @@
-"""The command line: `sami-fast train`, `score`, `demo`, `info`."""
+"""The command line: `sami-fast run`, `write-principles`, `train`, `score`, `evaluate`, `report`, `demo`, `info`."""
 
 from __future__ import annotations
 
@@ -45,10 +45,59 @@ Keys: model and data as for `train` (see sami-fast train --help), and
   normalize    mean (default) or sum over a response's tokens
 """
 
+_EVALUATE_HELP = """\
+Evaluate a model on held-out groups, or one file of responses against another.
+
+  sami-fast evaluate --model runs/first --data held_out.jsonl --output evaluation.json
+  sami-fast evaluate --responses after.jsonl --against before.jsonl --judge bundled
+  sami-fast evaluate --responses after.jsonl --against before.jsonl \\
+      --judge http://localhost:8000/v1 --judge-model Qwen/Qwen3-32B --concurrency 32
+
+The first gives mutual information in nats, accuracies and response lengths with 95 % intervals. The second asks a judge
+about every pair in both orders and gives the win rate of --responses, raw and length-controlled, with the judge's
+consistency and its bias towards the response shown first. Their lines hold query, response and, if there, constitution
+and id. The judge is a model on this machine, which is read by its log-probabilities of "A" and "B", or an
+OpenAI-compatible endpoint (its key in OPENAI_API_KEY), whose text is read. Answers are kept as they come in
+OUTPUT.verdicts.jsonl: a run that stopped goes on when started again, and asks nothing twice.
+"""
+
+_RUN_HELP = """\
+The whole of SAMI: queries, constitutions, responses, training and evaluation, for one or more iterations.
+
+  output: runs/tldr
+  model:          {name: mistralai/Mistral-7B-v0.1}
+  task:           {name: tldr}                      # tldr, hh, or generic with source: queries.jsonl
+  constitutions:  {principles: principles.json}     # or pairs: in the format published with the paper
+  generation:     {max_new_tokens: 200, temperature: 1.0, backend: transformers}      # or vllm
+  iterations:     {count: 3, queries: 2000, held_out: 128, start: base}               # or previous
+  training:       {learning_rate: 5e-7, save_steps: 32}
+  evaluation:     {queries: 64}
+
+  sami-fast run config.yaml
+  sami-fast run config.yaml iterations.count=4 output=runs/longer
+
+Each stage writes a folder with a manifest.json of its inputs. A run that was stopped, in whatever way, goes on when it
+is started again; what is complete is skipped, and what depends on something that changed is made anew.
+"""
+
+_PRINCIPLES_HELP = """\
+Have a model write the principles of a task: for each attribute one principle and its antithesis, in a JSON file that
+is yours to edit. Attributes that the file has already are kept.
+
+  sami-fast write-principles task="Summarise posts of a forum." attributes="[concise, faithful]" \\
+      output=principles.json model.name=mistralai/Mistral-7B-Instruct-v0.3
+  sami-fast write-principles task=... attributes=... output=... endpoint.model=gpt-4.1   # key in OPENAI_API_KEY
+  sami-fast write-principles task=... attributes=... output=... \\
+      endpoint.model=qwen endpoint.base_url=http://localhost:8000/v1
+
+Further keys: attempts (3), max_tokens (160), temperature (0.7), seed (0).
+"""
+
 _DEMO_HELP = """\
 See SAMI work, on a CPU, in minutes: the bundled SmolLM2-135M-Instruct answers short questions under two contrasting
 constitutions, is trained on its own answers through the prefix tree, and held-out mutual information is shown before
-and after. Leaves a report folder: metrics.json, mutual_information.png, heat maps, samples.md.
+and after. Leaves a report folder: metrics.json, mutual_information.png, heat maps, samples.md, and all stages of the
+run (see sami-fast run --help), which are not done again when the folder is used again.
 """
 
 
@@ -58,10 +107,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "filelock", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    commands = {"train": _train, "score": _score, "demo": _demo, "info": _info}
+    commands = {
+        "run": _run,
+        "write-principles": _write_principles,
+        "train": _train,
+        "score": _score,
+        "evaluate": _evaluate,
+        "report": _report,
+        "demo": _demo,
+        "info": _info,
+    }
     try:
         commands[options.command](options)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if options.traceback:
             raise
         print(f"sami-fast {options.command}: {error}", file=sys.stderr)
@@ -85,17 +143,47 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=text, formatter_class=raw, parents=[common])
 
     for name, summary, text in (
+        ("run", "the whole of SAMI, iteration after iteration", _RUN_HELP),
+        ("write-principles", "have a model write principles", _PRINCIPLES_HELP),
         ("train", "train a model on groups", _TRAIN_HELP),
         ("score", "score groups, draw heat maps", _SCORE_HELP),
     ):
         command = add(name, summary, text)
-        command.add_argument("config", nargs="?", help="YAML file; may be left out")
+        if name == "run":
+            command.add_argument("config", help="YAML file")
+        else:
+            command.add_argument("config", nargs="?", help="YAML file; may be left out")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the file")
         if name == "train":
             command.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    evaluate = add("evaluate", "mutual information of a model, or win rate of responses", _EVALUATE_HELP)
+    groups = evaluate.add_argument_group("mutual information")
+    groups.add_argument("--model", help="folder or hub name of the model; bundled")
+    groups.add_argument("--adapter", help="folder of PEFT adapters to load on top")
+    groups.add_argument("--data", help="JSON Lines of groups, or a data set (see sami-fast train --help)")
+    groups.add_argument("--template", help="prompt template, by default query_first; or the question to the judge")
+    wins = evaluate.add_argument_group("win rate")
+    wins.add_argument("--responses", help="JSON Lines of responses")
+    wins.add_argument("--against", help="JSON Lines of responses to the same queries")
+    wins.add_argument("--judge", help="folder or hub name of a model, bundled, or the URL of an endpoint")
+    wins.add_argument("--judge-model", help="the model's name at that endpoint")
+    wins.add_argument("--concurrency", type=int, default=8, help="questions in flight (default: %(default)s)")
+    wins.add_argument("--timeout", type=float, default=60.0, help="seconds for one answer (default: %(default)s)")
+    wins.add_argument("--retries", type=int, default=5, help="times to ask again (default: %(default)s)")
+    wins.add_argument("--answer-tokens", type=int, default=400, help="most tokens of an answer (default: %(default)s)")
+    wins.add_argument("--temperature", type=float, default=0.0, help="of the endpoint's answers (default: %(default)s)")
+    both = evaluate.add_argument_group("both")
+    both.add_argument("--limit", type=int, help="use only so many groups or pairs")
+    both.add_argument("--max-tokens", type=int, default=16384, help="packed tokens of one pass (default: %(default)s)")
+    both.add_argument("--dtype", default="auto", help="of the model or local judge (default: %(default)s)")
+    both.add_argument("--device", default="auto", help="of the model or local judge (default: %(default)s)")
+    both.add_argument("--output", help="JSON file (default for win rates: win_rate.json)")
+    report = add("report", "write the report of a run again", "HTML with all that a run's folder holds by now.")
+    report.add_argument("folder", help="folder of the run")
     demo = add("demo", "see it work, on a CPU, in minutes", _DEMO_HELP)
-    demo.add_argument("--model", default="bundled", help="folder or hub name of a chat model (default: bundled)")
-    demo.add_argument("--output", default="demo-report", help="report folder (default: %(default)s)")
+    demo.add_argument("--long", action="store_true", help="two iterations, two principles; up to 40 minutes")
+    demo.add_argument("--model", help="folder or hub name of a chat model (default: bundled)")
+    demo.add_argument("--output", type=Path, help="report folder (default: demo-report, or demo-long-report)")
     demo.add_argument("--queries", type=int, help="use only so many queries")
     demo.add_argument("--steps", type=int, help="optimiser steps")
     demo.add_argument("--seed", type=int, default=0)
@@ -112,6 +200,29 @@ def _read(options: argparse.Namespace, sections: Sequence[str]) -> dict:
     config = read_config(path, overrides)
     check_keys("", config, sections)
     return config
+
+
+def _run(options: argparse.Namespace) -> None:
+    from sami_fast.config import read_run_config
+
+    config = read_run_config(options.config, options.overrides)  # before seconds of imports
+    from sami_fast.pipeline import run_pipeline
+
+    print(run_pipeline(config))
+
+
+def _write_principles(options: argparse.Namespace) -> None:
+    from sami_fast.principles import write_from_config
+
+    known = ("task", "attributes", "output", "model", "endpoint", "attempts", "max_tokens", "temperature", "seed")
+    config = _read(options, known)
+    written = write_from_config(config)
+    for dropped in written.dropped:
+        print(f"dropped, {dropped.attribute}: {dropped.reason}: {' '.join(dropped.text.split())[:100]}")
+    for principle in written.principles:
+        print(f"{principle.attribute}\n  + {principle.principle}\n  - {principle.antithesis}")
+    if written.missing:
+        raise RuntimeError(f"no usable answer for {', '.join(written.missing)}; run again to ask for those alone")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -161,7 +272,6 @@ def _train(options: argparse.Namespace) -> None:
 def _score(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
 
     from sami_fast.config import DataConfig, ModelConfig, build, load_model
     from sami_fast.data import GroupDataset, PromptTemplate, load_examples
@@ -181,25 +291,115 @@ def _score(options: argparse.Namespace) -> None:
         examples, tokenizer, template, chat=data.chat, score_eos=data.score_eos, max_length=data.max_length
     ).groups
     packing = {key: config[key] for key in ("max_tokens", "normalize") if key in config}
-    console = Console()
     rows = track(score_groups(model, groups, **packing), "scoring", total=len(groups), console=Console(stderr=True))
     results = list(rows)
-    table = Table(title=f"{len(results)} groups, {model_config.name}")
-    for heading in ("metric", "mean", "95 % interval"):
-        table.add_column(heading)
-    for name, numbers in summarize(results).items():
-        table.add_row(name, f"{numbers['mean']:.4f}", f"{numbers['low']:.4f} to {numbers['high']:.4f}")
-    console.print(table)
+    _print_intervals(f"{len(results)} groups, {model_config.name}", summarize(results))
     if config.get("output"):
         write_json_lines(config["output"], [result.as_json() for result in results])
     if config.get("heat_map"):
         draw_heat_maps(config["heat_map"], results[: config.get("heat_map_groups", 8)], title=model_config.name)
 
 
+def _evaluate(options: argparse.Namespace) -> None:
+    from sami_fast.config import ModelConfig
+
+    forms = (("model", "data"), ("responses", "against", "judge"))
+    given = [[name for name in form if getattr(options, name) is not None] for form in forms]
+    chosen = [form for form, names in zip(forms, given, strict=True) if len(names) == len(form)]
+    if len(chosen) != 1 or sum(map(bool, given)) != 1:
+        got = ", ".join(f"--{name}" for names in given for name in names) or "neither"
+        raise ValueError(f"expected --model and --data, or --responses, --against and --judge, got {got}")
+    name = options.model if chosen[0] == forms[0] else options.judge
+    is_url = name.startswith(("http://", "https://"))
+    if is_url != (options.judge_model is not None):
+        raise ValueError(f"--judge-model: expected one exactly with a URL, got {options.judge_model!r} with {name!r}")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit: expected at least 1, got {options.limit}")
+    if is_url:
+        config = None
+    else:
+        config = ModelConfig(name, options.dtype, options.device, options.adapter)
+    if chosen[0] == forms[0]:
+        _evaluate_groups(options, config)
+    else:
+        _evaluate_responses(options, config)
+
+
+def _evaluate_groups(options: argparse.Namespace, model_config) -> None:
+    from rich.console import Console
+    from rich.progress import track
+
+    from sami_fast.config import load_model
+    from sami_fast.data import GroupDataset, PromptTemplate, load_examples
+    from sami_fast.evaluation import score_groups, summarize, summarize_lengths
+    from sami_fast.report import write_json
+    from sami_fast.scoring import check_model
+
+    template = PromptTemplate.load(options.template or "query_first")
+    examples = load_examples(options.data, limit=options.limit)
+    model, tokenizer = load_model(model_config)
+    check_model(model)
+    groups = GroupDataset.from_examples(examples, tokenizer, template).groups
+    rows = score_groups(model, groups, max_tokens=options.max_tokens)
+    results = list(track(rows, "scoring", total=len(groups), console=Console(stderr=True)))
+    metrics = summarize(results) | {"response_tokens": summarize_lengths(groups)}
+    _print_intervals(f"{len(results)} groups, {options.model}", metrics)
+    if options.output:
+        source = {"model": options.model, "adapter": options.adapter, "data": options.data, "template": template.name}
+        write_json(options.output, source | {"groups": len(groups)} | metrics)
+
+
+def _evaluate_responses(options: argparse.Namespace, model_config) -> None:
+    from sami_fast.config import load_model
+    from sami_fast.endpoint import Endpoint
+    from sami_fast.judge import EndpointJudge, LocalJudge, compare_files
+    from sami_fast.scoring import check_model
+
+    if model_config is None:
+        retrying = dict(timeout=options.timeout, max_retries=options.retries)
+        endpoint = Endpoint(options.judge_model, options.judge, **retrying)
+        sampling = dict(max_tokens=options.answer_tokens, temperature=options.temperature)
+        judge = EndpointJudge(endpoint, concurrency=options.concurrency, **sampling)
+    else:
+        model, tokenizer = load_model(model_config)
+        check_model(model)
+        name = options.judge if options.adapter is None else f"{options.judge} with {options.adapter}"
+        judge = LocalJudge(model, tokenizer, name, max_tokens=options.max_tokens)
+    output = options.output or "win_rate.json"
+    files = (options.responses, options.against)
+    result = compare_files(*files, judge, output, template=options.template, limit=options.limit)
+    names = ("win_rate", "length_controlled", "by_log_odds", "by_log_odds_length_controlled", "consistency")
+    names += ("first_position",)
+    title = f"{options.responses} against {options.against}, by {judge.settings['judge']}"
+    _print_intervals(title, {name: result[name] for name in names if result[name] is not None})
+    counts = ("pairs", "wins", "losses", "ties", "identical", "questions", "unreadable")
+    print(", ".join(f"{name} {result[name]}" for name in counts))
+    print(f"all of it in {output}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from sami_fast.run_report import write_run_report
+
+    print(write_run_report(options.folder))
+
+
+def _print_intervals(title: str, metrics: dict[str, dict[str, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for heading in ("metric", "mean", "95 % interval"):
+        table.add_column(heading)
+    for name, numbers in metrics.items():
+        table.add_row(name, f"{numbers['mean']:.4f}", f"{numbers['low']:.4f} to {numbers['high']:.4f}")
+    Console().print(table)
+
+
 def _demo(options: argparse.Namespace) -> None:
     from sami_fast.demo import run_demo
 
-    run_demo(options.model, Path(options.output), queries=options.queries, steps=options.steps, seed=options.seed)
+    sizes = dict(queries=options.queries, steps=options.steps, seed=options.seed)
+    run_demo(options.model, options.output, recipe="demo_long" if options.long else "demo", **sizes)
 
 
 def _info(options: argparse.Namespace) -> None:

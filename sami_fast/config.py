@@ -77,6 +77,204 @@ class DataConfig:
             raise ValueError("data.held_out: expected None beside data.eval_source, got both")
 
 
+@dataclass
+class TaskConfig:
+    """Which queries and prompts; what is left at None is as the task has it, see `sami_fast.tasks`.
+
+    Args:
+        name: generic, tldr or hh.
+        source: file or data set with queries; None is the task's public data set.
+        split: which split of it.
+        load_options: further arguments of `datasets.load_dataset`.
+        field, id_field: columns with the query and its id, `info.post`; ids are made up where there is no such column.
+        limit: read only so many rows.
+        template, generation_template: prompts of training and of generation; the latter is by default the task's own,
+            or `template` where that is given.
+        chat: wrap prompts in the tokenizer's chat template; None does what the template says.
+        response_prefix: words that every response starts with.
+        stop: strings at which a response ends.
+    """
+
+    name: str = "generic"
+    source: str | None = None
+    split: str | None = None
+    load_options: dict[str, Any] | None = None
+    field: str | None = None
+    id_field: str | None = None
+    limit: int | None = None
+    template: str | None = None
+    generation_template: str | None = None
+    chat: bool | None = None
+    response_prefix: str | None = None
+    stop: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"task.limit: expected at least 1, got {self.limit}")
+
+
+@dataclass
+class ConstitutionConfig:
+    """What constitutions are made of: exactly one of `principles` and `pairs`.
+
+    Args:
+        principles: JSON file of principles and antitheses, see `sami_fast.constitutions`.
+        pairs: JSON file of ready-made pairs in the format published with the paper.
+        attributes: use these of the file's attributes; None uses the file's default.
+        count: C, constitutions of a query; pairs are always 2.
+    """
+
+    principles: str | None = None
+    pairs: str | None = None
+    attributes: list[str] | None = None
+    count: int = 2
+
+    def __post_init__(self) -> None:
+        if (self.principles is None) == (self.pairs is None):
+            raise ValueError(f"constitutions: expected either principles or pairs, got {self.principles}, {self.pairs}")
+        if self.pairs is not None and (self.attributes is not None or self.count != 2):
+            raise ValueError("constitutions: expected count 2 and no attributes beside pairs, got others")
+        if self.count < 2:
+            raise ValueError(f"constitutions.count: expected at least 2, got {self.count}")
+
+
+@dataclass
+class SamplingConfig:
+    """How responses are sampled and filtered; the section is called `generation`.
+
+    Args:
+        backend: "transformers", or "vllm" (a GPU and `pip install sami_fast[vllm]`).
+        max_new_tokens, temperature, top_p: as in `sami_fast.generation.iter_responses`.
+        responses: to each query under each constitution.
+        batch_size: sequences generated together; changes speed and memory, not what is written.
+        trim: cut responses that ran into `max_new_tokens` after their last full sentence.
+        drop_unfinished: leave out responses whose last sentence has no end.
+        markers: leave out responses that hold one of these strings, beside those of the task.
+        vllm: further arguments of `vllm.LLM`, such as `{gpu_memory_utilization: 0.8, tensor_parallel_size: 2}`.
+    """
+
+    backend: str = "transformers"
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    responses: int = 1
+    batch_size: int = 32
+    trim: bool = True
+    drop_unfinished: bool = False
+    markers: list[str] = field(default_factory=list)
+    vllm: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("transformers", "vllm"):
+            raise ValueError(f"generation.backend: expected transformers or vllm, got {self.backend!r}")
+        for name in ("max_new_tokens", "responses", "batch_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"generation.{name}: expected an int of at least 1, got {value!r}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"generation: expected temperature >= 0 and top_p in (0, 1], got {self.temperature}, {self.top_p}"
+            )
+
+
+@dataclass
+class IterationConfig:
+    """How the loop runs; the section is called `iterations`.
+
+    Args:
+        count: how many iterations.
+        queries: fresh queries in each; None shares out all there are.
+        held_out: queries kept for evaluation, and never trained on.
+        start: what training starts from: "base" (the paper's way) or "previous", the model of the iteration before.
+    """
+
+    count: int = 1
+    queries: int | None = None
+    held_out: int = 32
+    start: str = "base"
+
+    def __post_init__(self) -> None:
+        for name in ("count", "held_out"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"iterations.{name}: expected an int of at least 1, got {getattr(self, name)!r}")
+        if self.queries is not None and (type(self.queries) is not int or self.queries < 1):
+            raise ValueError(f"iterations.queries: expected an int of at least 1 or None, got {self.queries!r}")
+        if self.start not in ("base", "previous"):
+            raise ValueError(f"iterations.start: expected base or previous, got {self.start!r}")
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured on held-out queries after each iteration, and before the first.
+
+    Args:
+        queries: write responses to so many held-out queries; None writes them for all.
+        max_tokens: packed tokens of one forward pass.
+        normalize: mean or sum over a response's tokens.
+    """
+
+    queries: int | None = None
+    max_tokens: int = 16384
+    normalize: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.queries is not None and self.queries < 1:
+            raise ValueError(f"evaluation.queries: expected at least 1 or None, got {self.queries}")
+        if self.normalize not in ("mean", "sum"):
+            raise ValueError(f"evaluation.normalize: expected mean or sum, got {self.normalize!r}")
+
+
+@dataclass
+class RunConfig:
+    """A whole run of SAMI, see `sami_fast.pipeline`; each attribute is a section of the YAML file.
+
+    Args:
+        output: folder of the run.
+        seed: of every draw: slices, constitutions, responses, training.
+        training: arguments of `SamiConfig`; the run sets output_dir and seed.
+        lora: arguments of `peft.LoraConfig`; None trains all weights.
+    """
+
+    output: str
+    seed: int
+    model: ModelConfig
+    task: TaskConfig
+    constitutions: ConstitutionConfig
+    generation: SamplingConfig
+    iterations: IterationConfig
+    evaluation: EvaluationConfig
+    training: dict[str, Any]
+    lora: dict[str, Any] | None
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
+        """From what `read_config` gives.
+
+        Raises:
+            ValueError: an unknown key or a value that is refused; names the section and the key.
+        """
+        check_keys("", values, [f.name for f in dataclasses.fields(cls)])
+        sections = {
+            "model": ModelConfig,
+            "task": TaskConfig,
+            "constitutions": ConstitutionConfig,
+            "generation": SamplingConfig,
+            "iterations": IterationConfig,
+            "evaluation": EvaluationConfig,
+        }
+        if not isinstance(values.get("output"), str) or not values["output"]:
+            raise ValueError(f"output: expected a folder, got {values.get('output')!r}")
+        if type(values.get("seed", 0)) is not int:
+            raise ValueError(f"seed: expected an int, got {values['seed']!r}")
+        for name in ("training", "lora"):
+            if not isinstance(values.get(name) or {}, Mapping):
+                raise ValueError(f"{name}: expected a section of keys, got {values[name]!r}")
+        built = {name: build(section, name, values.get(name) or {}) for name, section in sections.items()}
+        training = {key: _number(value) for key, value in (values.get("training") or {}).items()}
+        lora = dict(values["lora"] or {}) if "lora" in values else None
+        return cls(output=values["output"], seed=values.get("seed", 0), training=training, lora=lora, **built)
+
+
 def read_config(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     """The YAML file's mapping with dotted `key=value` overrides (values are YAML) laid over it.
 
@@ -93,6 +291,16 @@ def read_config(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
         if not isinstance(loaded, dict):
             raise ValueError(f"{path}: expected a mapping of sections, got {type(loaded).__name__}")
         config = loaded
+    lay_over(config, overrides)
+    return config
+
+
+def lay_over(config: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set dotted `key=value` overrides in a configuration; values are YAML.
+
+    Raises:
+        ValueError: an override has no `=`, or goes through a value as if it were a section.
+    """
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -104,7 +312,34 @@ def read_config(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
             if not isinstance(target, dict):
                 raise ValueError(f"override: {section!r} in {override!r} is a value, expected a section")
         target[name] = yaml.safe_load(text)
-    return config
+
+
+def read_run_config(path: str, overrides: Sequence[str]) -> RunConfig:
+    """A run's configuration. Files that it names are looked for beside it first, those in overrides are not.
+
+    Raises:
+        ValueError: as in `read_config` and `RunConfig.from_mapping`.
+        FileNotFoundError: no such file.
+    """
+    values = read_config(path, [])
+    _resolve_files(values, Path(path).parent)
+    lay_over(values, overrides)
+    return RunConfig.from_mapping(values)
+
+
+def _resolve_files(values: dict[str, Any], folder: Path) -> None:
+    """Make the files that a run's configuration names, and that lie beside it in `folder`, absolute paths."""
+    for section, key in (
+        ("task", "source"),
+        ("task", "template"),
+        ("task", "generation_template"),
+        ("constitutions", "principles"),
+        ("constitutions", "pairs"),
+    ):
+        part = values.get(section)
+        name = part.get(key) if isinstance(part, dict) else None
+        if isinstance(name, str) and (folder / name).exists():
+            part[key] = str((folder / name).resolve())
 
 
 def check_keys(section: str, values: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,11 +41,11 @@ class Constitution:
     identifiers: Mapping[str, Side]
 
 
-def load_principles(path: str | os.PathLike[str], attributes: Sequence[str] | None = None) -> list[Principle]:
-    """Principles of the named attributes, in that order; of the file's `default`, or of all, when None.
+def read_principles(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Principle]]:
+    """What a file of principles holds, and the principles in it by attribute, in its order.
 
     Raises:
-        ValueError: the file, the field in it, what was expected and what came; or an attribute it does not have.
+        ValueError: the file, the field in it, what was expected and what came.
     """
     if not isinstance(content := _read_json(path), dict):
         raise ValueError(f"{path}: expected an object with 'attributes', got {_kind(content)}")
@@ -62,6 +63,16 @@ def load_principles(path: str | os.PathLike[str], attributes: Sequence[str] | No
         if principle.principle == principle.antithesis:
             raise ValueError(f"{where}.antithesis: expected the opposite of 'principle', got the same text")
         found[principle.attribute] = principle
+    return content, found
+
+
+def load_principles(path: str | os.PathLike[str], attributes: Sequence[str] | None = None) -> list[Principle]:
+    """Principles of the named attributes, in that order; of the file's `default`, or of all, when None.
+
+    Raises:
+        ValueError: the file, the field in it, what was expected and what came; or an attribute it does not have.
+    """
+    content, found = read_principles(path)
     names = content.get("default", list(found)) if attributes is None else attributes
     source = f"{path}: 'default'" if attributes is None else "attributes"
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
@@ -97,6 +108,27 @@ def sample_constitutions(
         text = lines[0] if len(lines) == 1 else "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
         constitutions.append(Constitution(text, chosen))
     return constitutions
+
+
+_NUMBER = re.compile(r"^[ \t]*\d{1,2}[.)][ \t]+", re.MULTILINE)
+
+
+def shuffle_principles(constitution: Constitution, seed: str) -> Constitution:
+    """The same constitution with its numbered principles in another order, drawn from `seed` alone.
+
+    A text without at least two numbered principles stays as it is. So does one with text before the first.
+    """
+    starts = [match.start() for match in _NUMBER.finditer(constitution.text)]
+    if len(starts) < 2 or constitution.text[: starts[0]].strip():
+        return constitution
+    parts = [constitution.text[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    order = random.Random(seed).sample(range(len(parts)), len(parts))
+    lines = [f"{number}. {_NUMBER.sub('', parts[i], count=1).strip()}" for number, i in enumerate(order, 1)]
+    identifiers = constitution.identifiers
+    if len(identifiers) == len(parts):  # they are listed in the order of the text
+        listed = list(identifiers.items())
+        identifiers = dict(listed[i] for i in order)
+    return Constitution("\n".join(lines), identifiers)
 
 
 def load_constitution_pairs(path: str | os.PathLike[str]) -> list[tuple[Constitution, Constitution]]:

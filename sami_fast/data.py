@@ -126,14 +126,8 @@ def load_examples(
         raise ValueError(f"fields: expected keys among {', '.join(_REQUIRED + _OPTIONAL)}, got {', '.join(unknown)}")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ValueError(f"limit: expected a positive int or None, got {limit!r}")
-    is_path = isinstance(source, str | Path)
-    label = str(source) if is_path else type(source).__name__
-    if is_path and Path(source).suffix in (".jsonl", ".json"):
-        if split is not None or load_options:
-            raise ValueError(f"split, load_options: expected neither with a JSON file, got {split!r}, {load_options!r}")
-        rows = _json_rows(Path(source))
-    else:
-        rows = _dataset_rows(source, split, dict(load_options or {}))
+    label = str(source) if isinstance(source, str | Path) else type(source).__name__
+    rows = iter_rows(source, split=split, load_options=load_options)
     examples: list[Example] = []
     places: dict[str, str] = {}
     for place, row in rows:
@@ -150,6 +144,22 @@ def load_examples(
     if not examples:
         raise ValueError(f"{label}: expected at least one example, got none")
     return examples
+
+
+def iter_rows(
+    source: Any, *, split: str | None = None, load_options: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row of a source, see `load_examples`; a place is such as `line 3`.
+
+    Raises:
+        ValueError: a line that is no JSON, named; a split that the source does not have.
+        FileNotFoundError: no such file.
+    """
+    if isinstance(source, str | Path) and Path(source).suffix in (".jsonl", ".json"):
+        if split is not None or load_options:
+            raise ValueError(f"split, load_options: expected neither with a JSON file, got {split!r}, {load_options!r}")
+        return _json_rows(Path(source))
+    return _dataset_rows(source, split, dict(load_options or {}))
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:

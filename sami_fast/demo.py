@@ -1,4 +1,4 @@
-"""The demonstration: a real small model, its own answers, SAMI through the prefix tree, held-out mutual information."""
+"""The demonstration: a recipe run by the pipeline, then what it shows: speed, tables, figures, samples."""
 
 from __future__ import annotations
 
@@ -6,124 +6,111 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from sami_fast.config import ModelConfig, load_model
-from sami_fast.constitutions import Constitution, load_principles, sample_constitutions
-from sami_fast.data import Example, GroupDataset, PromptTemplate, prompt_ids, train_test_split
-from sami_fast.evaluation import METRICS, GroupResult, padded_infonce, padded_matrix, score_groups, summarize
-from sami_fast.generation import filter_responses, generate_responses
+from sami_fast.config import read_run_config
+from sami_fast.data import GroupDataset, load_examples
+from sami_fast.evaluation import METRICS, padded_infonce, padded_matrix
 from sami_fast.losses import infonce_loss
+from sami_fast.pipeline import Pipeline
 from sami_fast.prefix_tree import Group, pack
-from sami_fast.report import draw_heat_maps, draw_training_curve, write_json, write_json_lines, write_text
+from sami_fast.report import (
+    draw_heat_maps,
+    draw_training_curve,
+    read_json_lines,
+    write_json,
+    write_json_lines,
+    write_text,
+)
+from sami_fast.run_results import read_scores
 from sami_fast.scoring import score
-from sami_fast.trainer import SamiConfig, SamiTrainer
+from sami_fast.stages import outputs_digest, read_manifest
 
 logger = logging.getLogger(__name__)
 
-RECIPE = Path(__file__).parent / "recipes" / "demo"
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """What the demonstration runs; the learning rate suits 135 million weights, the paper's 5e-7 is for 7 billion."""
-
-    template: str = "query_first_chat"
-    max_new_tokens: int = 40
-    temperature: float = 0.8
-    generation_batch: int = 32
-    held_out_share: float = 1 / 3
-    steps: int = 12
-    groups_per_step: int = 4
-    learning_rate: float = 5e-6
-    timed_groups: int = 3
-    shown_queries: int = 4
+RECIPES = Path(__file__).parent / "recipes"
+_TIMED_GROUPS = 3
+_RULES = {
+    "iteration-0/generation": "the model answers held-out queries under contrasting constitutions",
+    "generation": "the model answers fresh queries",
+    "training": "training with SAMI on its own answers",
+    "evaluation": "held-out mutual information",
+}
 
 
 def run_demo(
-    model_name: str, output: Path, *, queries: int | None = None, steps: int | None = None, seed: int = 0
-) -> dict:
-    """Run it all and leave a report folder; returns what metrics.json holds."""
-    settings = DemoSettings(**({} if steps is None else {"steps": steps}))
-    console = Console()
-    began = time.perf_counter()
-    rows = [json.loads(line) for line in (RECIPE / "queries.jsonl").read_text(encoding="utf-8").splitlines()]
+    model_name: str | None = None,
+    output: Path | None = None,
+    *,
+    recipe: str = "demo",
+    queries: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run a recipe and leave a report folder; returns what metrics.json holds.
+
+    Args:
+        model_name: folder or hub name of a chat model; None is the recipe's, as is any None below.
+        output: the report folder, which is the run's folder too: what is complete in it is not done again.
+        recipe: demo or demo_long.
+        queries: use only so many; a third of them is held out.
+        steps: optimiser steps of each iteration.
+        seed: of the run.
+    """
+    overrides = [f"seed={seed}"]
     if queries is not None:
-        if not 6 <= queries <= len(rows):
-            raise ValueError(f"queries: expected 6 to {len(rows)}, got {queries}")
-        rows = rows[:queries]
-    principles = load_principles(RECIPE / "principles.json")
-    constitutions = {row["id"]: sample_constitutions(principles, 2, seed=seed, query_id=row["id"]) for row in rows}
-    template = PromptTemplate.load(settings.template)
-    model, tokenizer = load_model(ModelConfig(name=model_name, dtype="float32"))
-
-    def answer(chosen: list[dict]) -> dict[str, list[str]]:
-        pairs = [(row, constitution) for row in chosen for constitution in constitutions[row["id"]]]
-        prompts = [prompt_ids(tokenizer, template, row["query"], constitution.text) for row, constitution in pairs]
-        sampling = dict(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=seed)
-        responses = generate_responses(model, tokenizer, prompts, batch_size=settings.generation_batch, **sampling)
-        answers: dict[str, list[str]] = {row["id"]: [] for row in chosen}
-        for response in responses:
-            answers[pairs[response.prompt][0]["id"]].append(response.text)
-        return answers
-
-    console.rule("1. the model answers every query under two contrasting constitutions")
-    examples, dropped = _examples(rows, constitutions, answer(rows))
-    write_json_lines(output / "responses.jsonl", [_as_row(example) for example in examples])
-    train, held_out = train_test_split(examples, settings.held_out_share, seed)
-    train_groups, test_groups = (GroupDataset.from_examples(part, tokenizer, template) for part in (train, held_out))
-    shown = [row for row in rows if row["id"] in {example.id for example in held_out[: settings.shown_queries]}]
-
-    console.rule("2. the tree against running every sequence whole")
-    speed = _compare_with_whole_sequences(model, train_groups.groups[: settings.timed_groups])
-
-    console.rule("3. training with SAMI")
-    before = list(score_groups(model, test_groups))
-    trainer = _train(model, tokenizer, train_groups, test_groups, output, settings, seed)
-    after = list(score_groups(model, test_groups))
-    new_answers = answer(shown)
-
-    packed = pack(train_groups.groups)
-    metrics = {
-        "model": model_name,
-        "groups": {"training": len(train_groups), "held_out": len(test_groups), "dropped": dropped},
-        "before": summarize(before),
-        "after": summarize(after),
-        "change": _paired_change(before, after),
-        "tokens": {"whole": packed.whole_tokens, "packed": packed.num_tokens, "ratio": packed.token_ratio},
-        "speed": speed,
-        "training": trainer.state.log_history,
-        "seconds": time.perf_counter() - began,
-    }
-    _report(output, metrics, before, after, shown, constitutions, examples, new_answers)
-    _print(console, metrics, output)
+        count = len(list(read_json_lines(RECIPES / "demo" / "queries.jsonl")))
+        if not 6 <= queries <= count:
+            raise ValueError(f"queries: expected 6 to {count}, got {queries}")
+        overrides += [f"task.limit={queries}", f"iterations.held_out={queries // 3}", "iterations.queries=null"]
+    if steps is not None:
+        overrides += [f"training.max_steps={steps}", f"training.eval_steps={max(1, steps // 2)}"]
+    config = read_run_config(str(RECIPES / recipe / "config.yaml"), overrides)
+    config.model.name = model_name or config.model.name
+    config.output = str(output or config.output)
+    console = Console()
+    pipeline = Pipeline(config)
+    folder = pipeline.run.folder
+    with pipeline.run.locked():
+        for name, work in pipeline.stages():
+            if rule := _RULES.get(name, _RULES.get(name.rpartition("/")[2])):
+                console.rule(f"{name.partition('/')[0]}: {rule}")
+            work()
+        console.rule("the tree against running every sequence whole")
+        speed = _speed(pipeline)
+    metrics = _metrics(folder, pipeline.config.model.name, config.iterations.count, speed)
+    _report(folder, metrics, config.iterations.count)
+    _print(console, metrics, folder)
     return metrics
 
 
-def _examples(
-    rows: list[dict], constitutions: dict[str, list[Constitution]], answers: dict[str, list[str]]
-) -> tuple[list[Example], dict[str, int]]:
-    """Groups whose responses all survive the filters, and the filters' counts."""
-    filtered = filter_responses([answers[row["id"]] for row in rows])
-    examples = [
-        Example(row["id"], row["query"], [c.text for c in constitutions[row["id"]]], texts)
-        for row, texts in zip(rows, filtered.texts, strict=True)
-        if None not in texts
-    ]
-    return examples, {kind: count for kind, count in filtered.counts.items() if kind != "kept"}
+def _speed(pipeline: Pipeline) -> dict[str, Any]:
+    """A stage of its own: a few training groups, forward and backward, both ways."""
+    responses = pipeline.run.folder / "iteration-1" / "responses"
+    inputs = {
+        "groups": outputs_digest(read_manifest(responses), "groups.jsonl"),
+        "model": pipeline.models.digest(pipeline.config.model.name),
+        "timed_groups": _TIMED_GROUPS,
+    }
+
+    def work(folder: Path) -> dict[str, Any]:
+        model, tokenizer = pipeline.models.take(pipeline.config.model.name, pipeline.models.dtype)
+        examples = load_examples(responses / "groups.jsonl", limit=_TIMED_GROUPS)
+        groups = GroupDataset.from_examples(examples, tokenizer, pipeline.template).groups
+        result = _compare_with_whole_sequences(model, groups)
+        write_json(folder / "speed.json", result)
+        return result
+
+    return pipeline.run.stage("speed", inputs, work)["results"]
 
 
-def _as_row(example: Example) -> dict:
-    names = ("id", "query", "constitutions", "responses")
-    return {name: getattr(example, name) for name in names}
-
-
-def _compare_with_whole_sequences(model, groups: list[Group]) -> dict:
+def _compare_with_whole_sequences(model, groups: list[Group]) -> dict[str, Any]:
     """Forward and backward of the same groups both ways in turns: best of two runs each, and how far they differ."""
     packed = pack(groups)
 
@@ -155,61 +142,98 @@ def _compare_with_whole_sequences(model, groups: list[Group]) -> dict:
     }
 
 
-def _train(model, tokenizer, train_groups, test_groups, output: Path, settings: DemoSettings, seed: int) -> SamiTrainer:
-    args = SamiConfig(
-        output_dir=str(output / "checkpoints"),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.groups_per_step,
-        learning_rate=settings.learning_rate,
-        eval_strategy="steps",
-        eval_steps=max(1, settings.steps // 2),
-        eval_on_start=True,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-    )
-    trainer = SamiTrainer(model, args, train_groups, test_groups, processing_class=tokenizer)
-    trainer.train()
-    return trainer
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _paired_change(before: list[GroupResult], after: list[GroupResult]) -> dict:
-    """How much each metric rose on the same groups, with its bootstrap interval."""
-    changes = [
-        GroupResult(a.id, a.matrix, *(getattr(a, name) - getattr(b, name) for name in METRICS))
-        for b, a in zip(before, after, strict=True)
-    ]
-    return summarize(changes)
+def _metrics(folder: Path, model: str, iterations: int, speed: dict[str, Any]) -> dict[str, Any]:
+    """Everything in numbers; `after` and `change` are those of the last iteration, `change` against the base model."""
+    parts = [folder / f"iteration-{number}" for number in range(iterations + 1)]
+    results = [read_manifest(part / "responses")["results"] for part in parts]
+    evaluations = [_read(part / "evaluation" / "metrics.json") for part in parts]
+    tokens = [read_manifest(part / "training")["results"]["tokens"] for part in parts[1:]]
+    whole, packed = (sum(entry[kind] for entry in tokens) for kind in ("whole", "packed"))
+    dropped: dict[str, int] = {}
+    for result in results:
+        for kind, count in result["filters"].items():
+            dropped[kind] = dropped.get(kind, 0) + count
+    manifests = [_read(path) for path in sorted(folder.rglob("manifest.json"))]
+    return {
+        "model": model,
+        "groups": {
+            "training": sum(result["groups"] for result in results[1:]),
+            "held_out": results[0]["groups"],
+            "dropped": {kind: count for kind, count in dropped.items() if kind != "kept"},
+        },
+        "before": evaluations[0]["held_out"],
+        "after": evaluations[-1]["held_out"],
+        "change": evaluations[-1]["change"],
+        "iterations": evaluations[1:],
+        "tokens": {"whole": whole, "packed": packed, "ratio": whole / packed},
+        "speed": speed,
+        "training": [
+            entry | {"iteration": number}
+            for number, part in enumerate(parts[1:], 1)
+            for entry in _read(part / "training" / "log.json")
+        ],
+        "seconds": sum(manifest["seconds"] for manifest in manifests),
+    }
 
 
-def _report(output, metrics, before, after, shown, constitutions, examples, new_answers) -> None:
-    log = metrics["training"]
-    steps = [(entry["step"], entry["mutual_information"]) for entry in log if "mutual_information" in entry]
-    held_out = [(e["step"], e["eval_mutual_information"]) for e in log if "eval_mutual_information" in e]
+def _report(folder: Path, metrics: dict[str, Any], iterations: int) -> None:
+    steps: list[tuple[int, float]] = []
+    held_out: list[tuple[int, float]] = []
+    last = 0
+    for number in range(1, iterations + 1):
+        log = [entry for entry in metrics["training"] if entry["iteration"] == number]
+        points = [(last + e["step"], e["mutual_information"]) for e in log if "mutual_information" in e]
+        seen = [(last + e["step"], e["eval_mutual_information"]) for e in log if "eval_mutual_information" in e]
+        end = max(step for step, _ in points)
+        if not seen:  # not evaluated while training: the evaluations around it
+            ends = (metrics["before"], metrics["iterations"][number - 1]["held_out"])
+            seen = [(s, m["mutual_information"]["mean"]) for s, m in zip((last, end), ends, strict=True)]
+        steps, held_out, last = steps + points, held_out + seen, end
     draw_training_curve(
-        output / "mutual_information.png", *zip(*steps, strict=True), *zip(*held_out, strict=True), limit=math.log(2)
+        folder / "mutual_information.png", *zip(*steps, strict=True), *zip(*held_out, strict=True), limit=math.log(2)
     )
-    draw_heat_maps(output / "heat_maps_before.png", before[:8], title="held-out groups before training")
-    draw_heat_maps(output / "heat_maps_after.png", after[:8], title="held-out groups after training")
-    old = {example.id: example.responses for example in examples}
-    lines = ["# Sample responses to held-out queries", ""]
-    for row in shown:
-        lines += [f"## {row['query']}", ""]
-        for j, constitution in enumerate(constitutions[row["id"]]):
-            lines += [f"**{constitution.text}**", ""]
-            for when, text in (("before", old[row["id"]][j]), ("after", new_answers[row["id"]][j])):
-                lines += [f"- {when}: {' '.join(text.split())}"]
-            lines.append("")
-    write_text(output / "samples.md", "\n".join(lines))
-    write_json(output / "metrics.json", metrics)
+    ends = {"before": folder / "iteration-0", "after": folder / f"iteration-{iterations}"}
+    for when, part in ends.items():
+        title = f"held-out groups {when} training"
+        draw_heat_maps(folder / f"heat_maps_{when}.png", read_scores(part)[:8], title=title)
+    responses = {
+        when: [row for _, row in read_json_lines(part / "evaluation" / "responses.jsonl")]
+        for when, part in ends.items()
+    }
+    write_text(folder / "samples.md", _samples(**responses))
+    files = [folder / f"iteration-{number}" / "responses" / "groups.jsonl" for number in range(iterations + 1)]
+    write_json_lines(folder / "responses.jsonl", [row for path in files for _, row in read_json_lines(path)])
+    write_json(folder / "metrics.json", metrics)
 
 
-def _print(console: Console, metrics: dict, output: Path) -> None:
+def _samples(before: Sequence[dict[str, str]], after: Sequence[dict[str, str]]) -> str:
+    lines, query = ["# Sample responses to held-out queries", ""], None
+    for old, new in zip(before, after, strict=True):
+        if old["query"] != query:
+            query = old["query"]
+            lines += [f"## {query}", ""]
+        lines += [f"**{old['constitution']}**", ""]
+        for when, row in (("before", old), ("after", new)):
+            lines.append(f"- {when}: {' '.join(row['response'].split())}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _print(console: Console, metrics: dict[str, Any], output: Path) -> None:
+    after = {
+        "after" if len(metrics["iterations"]) == 1 else f"iteration {entry['iteration']}": entry["held_out"]
+        for entry in metrics["iterations"]
+    }
+    columns = {"before": metrics["before"], **after, "change": metrics["change"]}
     table = Table(title=f"{metrics['groups']['held_out']} held-out groups, mean (95 % bootstrap interval)")
-    for heading in ("metric", "before", "after", "change"):
+    for heading in ("metric", *columns):
         table.add_column(heading)
     for name in METRICS:
-        cells = [metrics[when][name] for when in ("before", "after", "change")]
+        cells = [column[name] for column in columns.values()]
         table.add_row(name, *(f"{cell['mean']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})" for cell in cells))
     console.print(table)
     speed, tokens = metrics["speed"], metrics["tokens"]

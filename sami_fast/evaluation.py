@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,12 @@ class GroupResult:
         matrix = [[value if np.isfinite(value) else None for value in row] for row in self.matrix.tolist()]
         return asdict(self) | {"matrix": matrix}
 
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> GroupResult:
+        """What `as_json` gave."""
+        matrix = [[-np.inf if value is None else value for value in line] for line in row["matrix"]]
+        return cls(row["id"], np.array(matrix, dtype=float), *(float(row[name]) for name in METRICS))
+
 
 def score_groups(
     model: nn.Module, groups: Sequence[Group], *, max_tokens: int = 16384, normalize: str = "mean"
@@ -58,12 +65,25 @@ def score_groups(
 
 def summarize(results: Sequence[GroupResult], *, resamples: int = 2000, seed: int = 0) -> dict[str, dict[str, float]]:
     """Mean of each metric over groups, with the 95 % percentile-bootstrap interval over groups (`low`, `high`)."""
-    table = np.array([[getattr(result, name) for name in METRICS] for result in results])
-    draws = np.random.default_rng(seed).integers(0, len(table), (resamples, len(table)))
-    means = table[draws].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    columns = zip(METRICS, table.mean(axis=0).tolist(), low.tolist(), high.tolist(), strict=True)
-    return {name: {"mean": mean, "low": a, "high": b} for name, mean, a, b in columns}
+    table = [[getattr(result, name) for name in METRICS] for result in results]
+    return dict(zip(METRICS, mean_intervals(table, resamples, seed), strict=True))
+
+
+def summarize_lengths(groups: Sequence[Group], *, resamples: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Mean tokens of a group's responses over groups, with its 95 % percentile-bootstrap interval over groups."""
+    rows = [[np.mean([len(response) for response in group.responses])] for group in groups]
+    return mean_intervals(rows, resamples, seed)[0]
+
+
+def mean_intervals(table: Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0) -> list[dict[str, float]]:
+    """Mean of each column with its 95 % percentile-bootstrap interval over rows."""
+    if not table:
+        raise ValueError("table: expected at least one row, got none")
+    values = np.array(table)
+    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975], axis=0)
+    columns = zip(values.mean(axis=0).tolist(), low.tolist(), high.tolist(), strict=True)
+    return [{"mean": mean, "low": a, "high": b} for mean, a, b in columns]
 
 
 def padded_matrix(model: nn.Module, group: Group, *, normalize: str = "mean") -> torch.Tensor:

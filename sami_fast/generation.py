@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -74,6 +74,7 @@ def iter_responses(
     seed: int = 0,
     num_return_sequences: int = 1,
     stop: str | Sequence[str] | None = None,
+    done: Collection[tuple[int, int]] = (),
     progress: bool = True,
 ) -> Iterator[list[Generated]]:
     """Sample responses, giving each batch as it is done; batches come longest prompt first.
@@ -94,11 +95,63 @@ def iter_responses(
         seed: of the random numbers.
         num_return_sequences: responses to each prompt.
         stop: strings at which a response ends.
+        done: (prompt, sample) of responses that are there already, from a run that was cut off; they are left out.
         progress: show a progress bar.
 
     Raises:
         ValueError: an argument out of range, an empty prompt, or one that leaves no room for `max_new_tokens`;
             before anything is generated.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    sampling = dict(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size, stop=stop
+    )
+    jobs, stop = plan(tokenizer, prompts, num_return_sequences, limit=limit, seed=seed, done=done, **sampling)
+    eos = _eos_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos), 0)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos or None,
+        pad_token_id=pad,
+        stop_strings=stop or None,
+        use_cache=True,
+    )
+    warpers = LogitsProcessorList()
+    if temperature not in (0, 1):
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_p < 1 and temperature > 0:
+        warpers.append(TopPLogitsWarper(top_p))
+    return _batches(model, tokenizer, jobs, config, warpers, batch_size, progress)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One response to be sampled: `ids` is its prompt, `seed` its own, or None to take the likeliest tokens."""
+
+    prompt: int
+    sample: int
+    ids: list[int]
+    seed: int | None
+
+
+def plan(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[int]],
+    num_return_sequences: int,
+    *,
+    limit: int | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    batch_size: int,
+    seed: int,
+    stop: str | Sequence[str] | None,
+    done: Collection[tuple[int, int]],
+) -> tuple[list[Job], list[str]]:
+    """Jobs, longest prompt first, and the list of stop strings; `limit` is the model's positions, see `iter_responses`.
+
+    Raises:
+        ValueError: as in `iter_responses`.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts: expected a list of texts or token ids, got one text")
@@ -117,7 +170,6 @@ def iter_responses(
     if "" in stop:
         raise ValueError("stop: expected strings that are not empty, got ''")
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for index, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompts: expected at least one token in each, got none in prompts[{index}]")
@@ -126,33 +178,11 @@ def iter_responses(
                 f"prompts: the model has {limit} positions, prompts[{index}] has {len(ids)} tokens and "
                 f"max_new_tokens is {max_new_tokens}"
             )
-    eos = _eos_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos), 0)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos or None,
-        pad_token_id=pad,
-        stop_strings=stop or None,
-        use_cache=True,
-    )
-    warpers = LogitsProcessorList()
-    if temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_p < 1 and temperature > 0:
-        warpers.append(TopPLogitsWarper(top_p))
     jobs = _jobs(encoded, num_return_sequences, seed if temperature > 0 else None)
-    return _batches(model, tokenizer, jobs, config, warpers, batch_size, progress)
+    return [job for job in jobs if (job.prompt, job.sample) not in done], stop
 
 
-@dataclass(frozen=True)
-class _Job:
-    prompt: int
-    sample: int
-    ids: list[int]
-    seed: int | None  # None: take the likeliest token
-
-
-def _jobs(encoded: Sequence[list[int]], samples: int, seed: int | None) -> list[_Job]:
+def _jobs(encoded: Sequence[list[int]], samples: int, seed: int | None) -> list[Job]:
     """One job for each response. Its seed comes from the prompt's tokens; equal prompts count as samples of one."""
     seen: Counter[tuple[int, ...]] = Counter()
     jobs = []
@@ -162,7 +192,7 @@ def _jobs(encoded: Sequence[list[int]], samples: int, seed: int | None) -> list[
             seen[tuple(ids)] += 1
             digest = hashlib.sha256(f"{seed}/{number}/{ids}".encode()).digest()
             own = None if seed is None else int.from_bytes(digest[:8], "big") >> 1
-            jobs.append(_Job(prompt, sample, ids, own))
+            jobs.append(Job(prompt, sample, ids, own))
     # Longest first, so that a batch too large for the memory fails at once.
     return sorted(jobs, key=lambda job: -len(job.ids))
 
@@ -170,12 +200,13 @@ def _jobs(encoded: Sequence[list[int]], samples: int, seed: int | None) -> list[
 def _batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     config: GenerationConfig,
     warpers: LogitsProcessorList,
     batch_size: int,
     progress: bool,
 ) -> Iterator[list[Generated]]:
+    eos, stop = config.eos_token_id or (), config.stop_strings or ()
     with tqdm(total=len(jobs), desc="generating", unit="response", disable=not progress) as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
@@ -196,7 +227,7 @@ def _batches(
                 )
             bar.update(len(batch))
             yield [
-                Generated(job.prompt, job.sample, *_cut(tokenizer, row, config))
+                Generated(job.prompt, job.sample, *cut(tokenizer, row, eos, stop))
                 for job, row in zip(batch, output[:, length:].tolist(), strict=True)
             ]
 
@@ -246,14 +277,14 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
-def _cut(
-    tokenizer: PreTrainedTokenizerBase, row: list[int], config: GenerationConfig
+def cut(
+    tokenizer: PreTrainedTokenizerBase, row: list[int], eos_ids: Collection[int], stop: Sequence[str]
 ) -> tuple[str, tuple[int, ...], bool]:
     """Text, tokens and `finished` of a generated row: what lies before its end-of-sequence token or stop string."""
-    end = next((i for i, token in enumerate(row) if token in (config.eos_token_id or ())), None)
+    end = next((i for i, token in enumerate(row) if token in eos_ids), None)
     ids = row if end is None else row[:end]
     text = tokenizer.decode(ids)
-    at = min((i for i in map(text.find, config.stop_strings or ()) if i >= 0), default=None)
+    at = min((i for i in map(text.find, stop) if i >= 0), default=None)
     if at is not None:
         text = text[:at]
         while ids and len(tokenizer.decode(ids)) > at:
@@ -289,12 +320,14 @@ def filter_responses(
     markers: Sequence[str] = (),
     finished: Sequence[Sequence[bool]] | None = None,
     trim: bool = False,
+    drop_unfinished: bool = False,
 ) -> Filtered:
     """Remove responses that say nothing about their constitution. Nothing is moved: removed ones become None.
 
     Counted, in this order: `leftover` (removed: holds a marker of a chat or instruction format, or one of `markers`),
-    `trimmed` (kept: cut after its last full sentence), `empty` (removed), `identical` (removed: the same text, but for
-    case and white space, was written under another constitution of the group; all copies go), and `kept`.
+    `trimmed` (kept: cut after its last full sentence), `unfinished` (removed: its last sentence has no end; only when
+    asked for), `empty` (removed), `identical` (removed: the same text, but for case and white space, was written under
+    another constitution of the group; all copies go), and `kept`.
 
     Args:
         groups: the responses to each query.
@@ -302,6 +335,7 @@ def filter_responses(
         markers: further strings that a response must not hold, such as headings of the prompt template.
         finished: which responses ended by themselves; trimming leaves those as they are.
         trim: cut responses after the last full sentence. One with no full sentence is left as it is.
+        drop_unfinished: remove responses, trimmed or not, that do not end where a sentence ends.
 
     Raises:
         ValueError: `positives` or `finished` differ in shape from `groups`.
@@ -309,7 +343,7 @@ def filter_responses(
     for name, given in (("positives", positives), ("finished", finished)):
         if given is not None and [len(row) for row in given] != [len(row) for row in groups]:
             raise ValueError(f"{name}: expected the shape of groups, one entry for each response, got another shape")
-    counts = dict.fromkeys(("leftover", "trimmed", "empty", "identical", "kept"), 0)
+    counts = dict.fromkeys(("leftover", "trimmed", "unfinished", "empty", "identical", "kept"), 0)
     texts: list[list[str | None]] = []
     for i, group in enumerate(groups):
         row: list[str | None] = []
@@ -322,6 +356,10 @@ def filter_responses(
                 shorter = trim_to_sentence(text)
                 counts["trimmed"] += shorter != text
                 text = shorter
+            if drop_unfinished and text.strip() and not ends_sentence(text):
+                counts["unfinished"] += 1
+                row.append(None)
+                continue
             counts["empty"] += not text.strip()
             row.append(text if text.strip() else None)
         written_under: dict[str, set[int]] = {}
@@ -348,3 +386,9 @@ def trim_to_sentence(text: str) -> str:
         if not _NO_SENTENCE_END.search(text[: match.end()]):
             return text[: match.end()]
     return text
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether `text` ends where a sentence ends, see `trim_to_sentence`."""
+    text = text.rstrip()
+    return any(m.end() == len(text) for m in _SENTENCE_END.finditer(text)) and not _NO_SENTENCE_END.search(text)

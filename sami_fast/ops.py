@@ -4,13 +4,15 @@ Every op takes `backend`: None picks the best one for the tensors' device, and t
 Implementations live in `sami_fast.kernels`, are imported on first use, and never import each other.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ from sami_fast.prefix_tree import AttentionPlan
 
 logger = logging.getLogger(__name__)
 
-_KEEP_BYTES = 256 << 20  # logits kept between forward and backward of a head that trains
+_KEEP_BYTES = 256 << 20  # logits or probabilities kept between forward and backward of a head that trains
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # op -> backend -> module with `<op>_forward` and `<op>_backward`. The first entry that runs on a device is its default.
@@ -26,22 +28,32 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "prefix_attention": {
         "triton": "sami_fast.kernels.prefix_attention",
         "reference": "sami_fast.kernels.reference",
+        "flash": "sami_fast.kernels.flash_attention",
     },
-    "linear_logprob": {"reference": "sami_fast.kernels.reference"},
+    "linear_logprob": {
+        "triton": "sami_fast.kernels.linear_logprob",
+        "reference": "sami_fast.kernels.reference",
+    },
     "linear_kl": {"reference": "sami_fast.kernels.reference"},
-    "segment_infonce": {"reference": "sami_fast.kernels.reference", "cuda": "sami_fast.kernels.segment_infonce"},
+    "segment_infonce": {
+        "cuda": "sami_fast.kernels.segment_infonce_cuda",
+        "triton": "sami_fast.kernels.segment_infonce",
+        "reference": "sami_fast.kernels.reference",
+    },
 }
 
 
 def backends() -> dict[str, str]:
     """What each backend can do here: its ops when it is available, the reason when it is not."""
     report = {}
-    for backend in ("reference", "triton", "cuda"):
+    for backend in ("reference", "triton", "cuda", "flash"):
         implemented = [op for op, table in _IMPLEMENTATIONS.items() if backend in table]
         if backend == "triton" and importlib.util.find_spec("triton") is None:
             report[backend] = "unavailable: triton is not installed"
         elif backend == "cuda" and importlib.util.find_spec("sami_fast._C") is None:
             report[backend] = "unavailable: sami_fast._C was not built (no nvcc when sami_fast was installed)"
+        elif backend == "flash" and not importlib.import_module("sami_fast.kernels.flash_attention").installed():
+            report[backend] = "unavailable: flash-attn is not installed (pip install flash-attn --no-build-isolation)"
         elif backend != "reference" and not torch.cuda.is_available():
             report[backend] = "unavailable: torch sees no CUDA device"
         elif not implemented:
@@ -58,6 +70,31 @@ def _resolve(op: str, backend: str | None, device: torch.device) -> str:
     if backend not in table:
         raise ValueError(f"backend: expected one of {sorted(table)} or None for {op}, got {backend!r}")
     return backend
+
+
+def backend_for(op: str, backend: str | Mapping[str, Any] | None) -> Any:
+    """An op's own backend out of one choice for several: a mapping by op, or a name for those ops that have it.
+
+    Raises:
+        ValueError: no op of that name, or none that has the backend.
+    """
+    if isinstance(backend, Mapping):
+        unknown = sorted(set(backend) - set(_IMPLEMENTATIONS))
+        _expect(not unknown, "backend", f"a mapping from {sorted(_IMPLEMENTATIONS)}", unknown)
+        return backend.get(op)
+    known = {name for table in _IMPLEMENTATIONS.values() for name in table}
+    _expect(backend is None or backend in known, "backend", f"one of {sorted(known)}, a mapping or None", repr(backend))
+    return backend if backend in _IMPLEMENTATIONS[op] else None
+
+
+def _triton_or_reference(op: str, backend: str | None, x: torch.Tensor, *, fits: bool = True) -> str:
+    """The backend of an op that Triton serves by default on CUDA, where it is installed and takes x."""
+    name = _resolve(op, backend, x.device)
+    if name == "triton":
+        if backend is None and not (_HAS_TRITON and fits and x.dtype != torch.float64):
+            return "reference"
+        _expect(_HAS_TRITON, "backend", "triton to be installed for 'triton'", "no such package")
+    return name
 
 
 @functools.cache
@@ -158,14 +195,8 @@ def _prefix_attention_autograd(ctx, grad_out, grad_lse):
 _prefix_attention.register_autograd(_prefix_attention_autograd, setup_context=_prefix_attention_setup)
 
 
-def _attention_backend(backend: str | None, q: torch.Tensor, v: torch.Tensor) -> str:
-    name = _resolve("prefix_attention", backend, q.device)
-    if name == "triton":
-        triton_runs = _HAS_TRITON and q.dtype != torch.float64 and max(q.shape[2], v.shape[2]) <= 256
-        if backend is None and not triton_runs:
-            return "reference"
-        _expect(_HAS_TRITON, "backend", "triton to be installed for 'triton'", "no such package")
-    return name
+def _refuse_lse_gradient(grad: torch.Tensor | None) -> None:
+    _expect(grad is None, "return_lse", "no gradient through the log-sum-exp for backend 'flash'", "one")
 
 
 def prefix_attention(
@@ -194,6 +225,8 @@ def prefix_attention(
         sinks: [Hq], a logit a head that takes part in the softmax and carries no value.
         return_lse: also return the log-sum-exp of the scores (sinks included), differentiable.
         backend: None is "triton" on CUDA, for what it takes (no float64, head sizes of at most 256), else "reference".
+            "flash" needs flash-attn, copies K and V along every path, and takes 16-bit CUDA tensors, no sinks and no
+            gradient of the log-sum-exp.
 
     Returns:
         [T, Hq, Dv] of q's dtype; with `return_lse` also [T, Hq], float32 (float64 for float64).
@@ -220,6 +253,7 @@ def prefix_attention(
         _expect(
             tuple(sinks.shape) == (Hq,) and sinks.device == q.device, "sinks", f"[{Hq}] on {q.device}", _describe(sinks)
         )
+    name = _triton_or_reference("prefix_attention", backend, q, fits=max(D, v.shape[2]) <= 256)
     out, lse = _prefix_attention(
         q,
         k,
@@ -230,13 +264,32 @@ def prefix_attention(
         D**-0.5 if scale is None else float(scale),
         window,
         softcap,
-        _attention_backend(backend, q, v),
+        name,
     )
+    if name == "flash" and return_lse and lse.requires_grad:
+        lse.register_hook(_refuse_lse_gradient)
     return (out, lse) if return_lse else out
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # linear_logprob
+
+
+_REGIMES = {
+    "no_grad": "no gradient is needed, nothing is kept",
+    "frozen_head": "the head is frozen, d(log p)/d(hidden) is kept",
+    "trained_head": "the head trains, as many columns of the vocabulary are kept as a byte budget allows",
+}
+
+
+@functools.cache
+def _log_regime(regime: str, backend: str) -> None:
+    logger.info("linear_logprob on backend %r: %s", backend, _REGIMES[regime])
+
+
+def _exact(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast would round the logits to 16 bits."""
+    return torch.autocast(device.type, enabled=False)
 
 
 @torch.library.custom_op("sami_fast::linear_logprob", mutates_args=())
@@ -247,23 +300,43 @@ def _linear_logprob(
     bias: torch.Tensor | None,
     logit_scale: float,
     softcap: float | None,
-    keep: str,
+    regime: str,
+    keep_columns: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log p(label) and log-sum-exp [N]; what is kept: d(log p)/d(hidden) [N, H] in regime "frozen_head", otherwise
+    [N, keep_columns] of what the backend likes to keep of the first columns of the vocabulary."""
     implementation = _load("linear_logprob", backend, hidden.device.type)
-    return implementation.linear_logprob_forward(hidden, weight, labels, bias, logit_scale, softcap, keep)
+    _log_regime(regime, backend)
+    with _exact(hidden.device):
+        return implementation.linear_logprob_forward(
+            hidden, weight, labels, bias, logit_scale, softcap, regime, keep_columns
+        )
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, labels, bias, logit_scale, softcap, keep, backend):
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logprob = hidden.new_empty(hidden.shape[0], dtype=dtype)
-    if keep == "hidden_grad":
+def _(hidden, weight, labels, bias, logit_scale, softcap, regime, keep_columns, backend):
+    logprob = hidden.new_empty(hidden.shape[0], dtype=_wide_dtype(hidden))
+    if regime == "frozen_head":
         kept = hidden.new_empty(hidden.shape)
     else:
-        shape = (hidden.shape[0], weight.shape[0]) if keep == "logits" else 0
-        kept = hidden.new_empty(shape, dtype=dtype)
+        kept = hidden.new_empty((hidden.shape[0], keep_columns), dtype=_kept_dtype(hidden, backend))
     return logprob, torch.empty_like(logprob), kept
+
+
+def _wide_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _kept_dtype(hidden: torch.Tensor, backend: str) -> torch.dtype:
+    """The reference keeps logits, Triton keeps probabilities."""
+    return _wide_dtype(hidden) if backend == "reference" else hidden.dtype
+
+
+def _columns_to_keep(hidden: torch.Tensor, weight: torch.Tensor, backend: str) -> int:
+    """Within the byte budget, in 64s: aligned rows. It may exceed V, by padding."""
+    row_bytes = _KEEP_BYTES // max(hidden.shape[0], 1)
+    return min(row_bytes // _kept_dtype(hidden, backend).itemsize, weight.shape[0] + 63) // 64 * 64
 
 
 @torch.library.custom_op("sami_fast::linear_logprob_backward", mutates_args=())
@@ -275,40 +348,40 @@ def _linear_logprob_backward(
     bias: torch.Tensor | None,
     logprob: torch.Tensor,
     lse: torch.Tensor,
-    kept_logits: torch.Tensor,
+    kept: torch.Tensor,
     logit_scale: float,
     softcap: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     implementation = _load("linear_logprob", backend, hidden.device.type)
-    return implementation.linear_logprob_backward(
-        grad_logprob, hidden, weight, labels, bias, logprob, lse, kept_logits, logit_scale, softcap
-    )
+    with _exact(hidden.device):
+        return implementation.linear_logprob_backward(
+            grad_logprob, hidden, weight, labels, bias, logprob, lse, kept, logit_scale, softcap
+        )
 
 
 @_linear_logprob_backward.register_fake
-def _(grad_logprob, hidden, weight, labels, bias, logprob, lse, kept_logits, logit_scale, softcap, backend):
+def _(grad_logprob, hidden, weight, labels, bias, logprob, lse, kept, logit_scale, softcap, backend):
     return _fake_head_gradients(hidden, weight, bias)
 
 
 def _fake_head_gradients(hidden, weight, bias):
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    grad_bias = weight.new_empty(0, dtype=dtype) if bias is None else torch.empty_like(bias)
+    grad_bias = weight.new_empty(0, dtype=_wide_dtype(hidden)) if bias is None else torch.empty_like(bias)
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), grad_bias
 
 
 def _linear_logprob_setup(ctx, inputs, output):
-    hidden, weight, labels, bias, ctx.logit_scale, ctx.softcap, ctx.keep, ctx.backend = inputs
+    hidden, weight, labels, bias, ctx.logit_scale, ctx.softcap, ctx.regime, _, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[1:])
-    if ctx.keep == "hidden_grad":
+    if ctx.regime == "frozen_head":
         ctx.save_for_backward(output[2])
     else:
         ctx.save_for_backward(hidden, weight, labels, bias, *output)
 
 
 def _linear_logprob_autograd(ctx, grad_logprob, *_):
-    none = (None,) * 5
-    if ctx.keep == "hidden_grad":
+    none = (None,) * 6
+    if ctx.regime == "frozen_head":
         (hidden_grad,) = ctx.saved_tensors
         grad_hidden = (hidden_grad * grad_logprob[:, None]).to(hidden_grad.dtype)
         return grad_hidden, None, None, *none
@@ -349,8 +422,9 @@ def linear_logprob(
     """log softmax(softcap(logit_scale * (hidden @ weight.T + bias)))[labels] without N x V logits in memory.
 
     With the head frozen the forward also stores d(log p)/d(hidden), so that the backward is a row scale. Otherwise it
-    keeps the logits while they take at most 256 MB, and beyond that the backward recomputes them block by block. Extra
-    memory: one block of logits (64 MB on a GPU, 4 MB on the CPU), and N x H when frozen, N x V <= 256 MB when not.
+    keeps as many columns of the vocabulary as fit into 256 MB ("reference": logits, "triton": probabilities in hidden's
+    dtype), and the backward recomputes the others block by block. Extra memory: a block of logits (128 MB "triton", 64
+    MB "reference", 4 MB on the CPU), N x H when frozen, at most 256 MB when not; to the byte in the "triton" module.
 
     Args:
         hidden: [N, H]; float64, float32, float16 or bfloat16.
@@ -358,6 +432,7 @@ def linear_logprob(
         labels: [N] int64 in [0, V); the range is the caller's to check, as it would cost a device sync here.
         bias: [V].
         logit_scale, softcap: what the model family puts around its head; the cap comes last.
+        backend: None is "triton" on CUDA (but for float64), else "reference".
 
     Returns:
         [N], at most 0, float32 (float64 for float64).
@@ -369,14 +444,13 @@ def linear_logprob(
     _expect_index("labels", labels, (hidden.shape[0],), hidden.device)
     _expect(softcap is None or softcap > 0, "softcap", "a positive number or None", softcap)
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    keep = "nothing"
-    if torch.is_grad_enabled() and hidden.requires_grad and not head_trains:
-        keep = "hidden_grad"
-    elif torch.is_grad_enabled() and head_trains:
-        itemsize = 8 if hidden.dtype == torch.float64 else 4
-        keep = "logits" if hidden.shape[0] * weight.shape[0] * itemsize <= _KEEP_BYTES else "nothing"
-    name = _resolve("linear_logprob", backend, hidden.device)
-    return _linear_logprob(hidden, weight, labels, bias, float(logit_scale), softcap, keep, name)[0]
+    name = _triton_or_reference("linear_logprob", backend, hidden)
+    regime, keep_columns = "no_grad", 0
+    if torch.is_grad_enabled() and head_trains:
+        regime, keep_columns = "trained_head", _columns_to_keep(hidden, weight, name)
+    elif torch.is_grad_enabled() and hidden.requires_grad:
+        regime = "frozen_head"
+    return _linear_logprob(hidden, weight, labels, bias, float(logit_scale), softcap, regime, keep_columns, name)[0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -491,36 +565,59 @@ def _segment_infonce(
     token_logprobs: torch.Tensor,
     offsets: torch.Tensor,
     shapes: torch.Tensor,
+    table: torch.Tensor,
     positives: torch.Tensor,
     normalize: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     implementation = _load("segment_infonce", backend, token_logprobs.device.type)
-    return implementation.segment_infonce_forward(token_logprobs, offsets, shapes, positives, normalize)
+    return implementation.segment_infonce_forward(token_logprobs, offsets, shapes, table, positives, normalize)
 
 
 @_segment_infonce.register_fake
-def _(token_logprobs, offsets, shapes, positives, normalize, backend):
+def _(token_logprobs, offsets, shapes, table, positives, normalize, backend):
     B, S = shapes.shape[0], offsets.shape[0] - 1
     new = token_logprobs.new_empty
     return new(B), new(S), new((B, 3)), new(token_logprobs.shape)
 
 
 def _segment_infonce_setup(ctx, inputs, output):
-    _, offsets, shapes, *_ = inputs
+    _, offsets, _, table, *_ = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[3], offsets, shapes)
+    ctx.save_for_backward(output[3], offsets, table)
 
 
 def _segment_infonce_autograd(ctx, grad_loss, *_):
-    grad_tokens, offsets, shapes = ctx.saved_tensors
-    ends = offsets[shapes.prod(dim=1).cumsum(0).to(offsets.device)]
-    tokens = ends.diff(prepend=ends.new_zeros(1))
+    grad_tokens, offsets, table = ctx.saved_tensors
+    tokens = torch.diff(offsets[table[:, 2].long()], append=offsets[-1:])
     grad_loss = grad_loss.to(grad_tokens.dtype).repeat_interleave(tokens, output_size=grad_tokens.numel())
-    return grad_tokens * grad_loss, None, None, None, None, None
+    return grad_tokens * grad_loss, None, None, None, None, None, None
 
 
 _segment_infonce.register_autograd(_segment_infonce_autograd, setup_context=_segment_infonce_setup)
+
+
+@functools.lru_cache(maxsize=256)
+def _group_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    """[B, 4] int32: C, R, first pair and first response of each group.
+
+    Kept, so that steps of like shapes copy nothing to the device and can be captured in a CUDA graph.
+    """
+    rows, pairs, responses = [], 0, 0
+    for C, R in shapes:
+        rows.append((C, R, pairs, responses))
+        pairs, responses = pairs + C * R, responses + R
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def _infonce_backend(backend: str | None, token_logprobs: torch.Tensor, shapes: tuple[tuple[int, int], ...]) -> str:
+    name = _resolve("segment_infonce", backend, token_logprobs.device)
+    if backend is not None or name == "reference":
+        return name
+    if token_logprobs.dtype != torch.float32 or max(map(max, shapes)) > 256:
+        return "reference"
+    has_extension = importlib.util.find_spec("sami_fast._C") is not None
+    return "cuda" if has_extension else "triton" if _HAS_TRITON else "reference"
 
 
 def segment_infonce(
@@ -564,6 +661,8 @@ def segment_infonce(
     device = token_logprobs.device
     _expect_index("offsets", offsets, (sum(math.prod(s) for s in shapes) + 1,), device)
     _expect_index("positives", positives, (sum(R for _, R in shapes),), device)
-    shape_table = torch.tensor(shapes, dtype=torch.int64).view(-1, 2)  # stays on the host, which reads it
-    name = _resolve("segment_infonce", backend, device)
-    return _segment_infonce(token_logprobs, offsets, shape_table, positives, normalize, name)[:3]
+    shapes = tuple((int(C), int(R)) for C, R in shapes)
+    table = (_group_table.__wrapped__ if torch.compiler.is_compiling() else _group_table)(shapes, device)
+    on_host = torch.tensor(shapes, dtype=torch.int64).view(-1, 2)
+    name = _infonce_backend(backend, token_logprobs, shapes)
+    return _segment_infonce(token_logprobs, offsets, on_host, table, positives, normalize, name)[:3]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sami_fast.evaluation import GroupResult
+if TYPE_CHECKING:
+    from sami_fast.evaluation import GroupResult
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
@@ -47,6 +48,21 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def write_json_lines(path: str | os.PathLike[str], rows: Sequence[Any]) -> None:
     """Write JSON Lines atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
+    """Number, from 1, and value of each line that is not blank.
+
+    Raises:
+        ValueError: names the file and the line that is not JSON in UTF-8.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
 
 
 def _figure(width: float, height: float):
@@ -107,6 +123,39 @@ def draw_training_curve(
         axis.axhline(limit, linestyle=":", color="grey", label=f"upper limit, {limit:.2f}")
     axis.axhline(0.0, linewidth=0.5, color="black")
     axis.set_xlabel("optimiser step")
+    axis.set_ylabel("mutual information (nats)")
+    axis.legend()
+    write_atomically(path, lambda file: figure.savefig(file, dpi=130, format="png"))
+
+
+def draw_iterations(
+    path: str | os.PathLike[str],
+    numbers: Sequence[int],
+    intervals: Mapping[str, Sequence[Mapping[str, float] | None]],
+    *,
+    limit: float | None = None,
+) -> None:
+    """Mutual information of each iteration as PNG, a line for each key of `intervals`.
+
+    Args:
+        path: PNG file.
+        numbers: of the iterations.
+        intervals: name -> `mean`, `low` and `high` of each iteration, None where it was not measured.
+        limit: the most there can be, log C.
+    """
+    figure = _figure(6.4, 3.8)
+    axis = figure.subplots()
+    for index, (name, values) in enumerate(intervals.items()):
+        points = [(number, value) for number, value in zip(numbers, values, strict=True) if value is not None]
+        x = [number + 0.06 * (index - (len(intervals) - 1) / 2) for number, _ in points]
+        mean = np.array([value["mean"] for _, value in points])
+        spread = np.abs([[value["mean"] - value["low"], value["high"] - value["mean"]] for _, value in points])
+        axis.errorbar(x, mean, yerr=spread.T if points else None, marker="o", capsize=4, label=name)
+    if limit is not None:
+        axis.axhline(limit, linestyle=":", color="grey", label=f"upper limit, {limit:.2f}")
+    axis.axhline(0.0, linewidth=0.5, color="black")
+    axis.set_xticks(list(numbers))
+    axis.set_xlabel("iteration")
     axis.set_ylabel("mutual information (nats)")
     axis.legend()
     write_atomically(path, lambda file: figure.savefig(file, dpi=130, format="png"))

@@ -14,8 +14,9 @@ import logging
 import math
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,13 +122,14 @@ def _token_logprobs(head: _Head, hidden: torch.Tensor, labels: torch.Tensor, voc
             bias=bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
-            backend=backend,
+            backend=ops.backend_for("linear_logprob", backend),
         )
     _log_head_once(type(head.module).__name__)
 
     def chunk(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = head.finish(_widen(head.module(hidden)))
-        return logits.log_softmax(dim=-1).gather(1, labels[:, None]).squeeze(1)
+        # Not log_softmax: the CPU's is off by 2e-5, all to one side, over 49152 float32 logits.
+        return logits.gather(1, labels[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
 
     return _by_chunks(chunk, (hidden, labels), vocab_size)
 
@@ -155,7 +157,8 @@ def score(
     *,
     normalize: str = "mean",
     ref_model: nn.Module | None = None,
-    backend: str | None = None,
+    backend: str | Mapping[str, Any] | None = None,
+    keep_attention: bool = False,
 ) -> Scores:
     """Log-probability of every response token under every prompt of the pack, in one pass over its tokens.
 
@@ -168,7 +171,11 @@ def score(
         normalize: "mean" or "sum" over a response's tokens, for `Scores.matrix`.
         ref_model: also give KL(model || ref_model) at every scored token, exact over the vocabulary. The model itself
             stands for itself without its PEFT adapters.
-        backend: of the ops; None picks by device.
+        backend: of the ops that have it, or a mapping from op to backend; None picks by device. A function with the
+            arguments of "prefix_attention" may stand for its backend in the mapping.
+        keep_attention: where activation checkpointing (of the kind that is not reentrant) computes layers again in the
+            backward, keep the output and log-sum-exp of each layer's attention instead of computing them again: T x Hq
+            x (Dv numbers of the model's dtype and one float32) a layer.
 
     Raises:
         UnsupportedModelError: the architecture cannot be exact over a tree; the message names it and says why.
@@ -177,7 +184,7 @@ def score(
     """
     if normalize not in ("mean", "sum"):
         raise ValueError(f'normalize: expected "mean" or "sum", got {normalize!r}')
-    hidden, head, vocab_size = _predicting_states(model, packed, backend)
+    hidden, head, vocab_size = _predicting_states(model, packed, backend, keep_attention)
     logprobs = _token_logprobs(head, hidden, packed.labels, vocab_size, backend)
     if ref_model is None:
         return Scores(logprobs, packed, normalize)
@@ -212,7 +219,7 @@ def _reference_kl(head, hidden, model, ref_model, packed, vocab_size, backend) -
             ref_bias=ref_bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
-            backend=backend,
+            backend=ops.backend_for("linear_kl", backend),
         )
 
     def chunk(hidden: torch.Tensor, ref_hidden: torch.Tensor) -> torch.Tensor:
@@ -224,7 +231,9 @@ def _reference_kl(head, hidden, model, ref_model, packed, vocab_size, backend) -
     return _by_chunks(chunk, (hidden, ref_hidden), vocab_size)
 
 
-def _predicting_states(model: nn.Module, packed: PackedTree, backend: str | None) -> tuple[torch.Tensor, _Head, int]:
+def _predicting_states(
+    model: nn.Module, packed: PackedTree, backend: str | Mapping[str, Any] | None, keep_attention: bool = False
+) -> tuple[torch.Tensor, _Head, int]:
     """Hidden states [N, H] in front of the head of the tokens that predict each label, the head, and V."""
     inner = model
     if not hasattr(inner, "get_output_embeddings"):
@@ -247,13 +256,13 @@ def _predicting_states(model: nn.Module, packed: PackedTree, backend: str | None
         return (args[0][:, :1], *args[1:])  # one row: the model's own logits are only compared with ours, once
 
     raw: list[torch.Tensor] = []
-    call = TreeCall(packed.plan, name, backend)
+    call = TreeCall(packed.plan, name, ops.backend_for("prefix_attention", backend))
     hooks = [
         head.module.register_forward_pre_hook(take),
         head.module.register_forward_hook(lambda _module, _args, output: raw.append(output)),
     ]
     try:
-        with tree_mode(inner):
+        with tree_mode(inner, keep_attention):
             output = model(
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],
@@ -359,7 +368,7 @@ _CHECK_COPY_WEIGHTS = 1_000_000_000
 
 
 @torch.no_grad()
-def check_model(model: nn.Module, *, seed: int = 0, backend: str | None = None) -> float:
+def check_model(model: nn.Module, *, seed: int = 0, backend: str | Mapping[str, Any] | None = None) -> float:
     """Score a small random tree and, by plain forwards, each of its sequences; return the relative difference.
 
     A 16-bit model of at most 10^9 weights is checked as a float32 copy, since rounding would hide mistakes; a larger or

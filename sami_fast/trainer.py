@@ -26,6 +26,14 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite; nothing was updated or saved since the last good step."""
 
 
+# `optim` -> class of torch-optimi and its arguments
+_KAHAN_OPTIMIZERS = {
+    "rmsprop": lambda args: ("Adam", dict(betas=(0.0, 0.99), eps=1e-8)),
+    "adamw_torch": lambda args: ("AdamW", dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)),
+    "sgd": lambda args: ("SGD", {}),
+}
+
+
 @dataclass
 class SamiConfig(TrainingArguments):
     """`TrainingArguments` with the paper's defaults and what prefix trees add. Batch sizes count groups.
@@ -37,7 +45,11 @@ class SamiConfig(TrainingArguments):
         beta: weight of KL(model || reference) per response token, averaged within each group; 0 is the paper's loss.
         master_weights: "fp32" keeps trainable weights in float32 and computes in the dtype they came in under autocast,
             so that a step far below bf16 spacing counts (at 5e-7 most do): per weight 4 bytes, 4 for its gradient and 4
-            for RMSprop's average. "none" trains them as they are: 2 + 2 + 2 bytes in bf16, and small updates are lost.
+            for RMSprop's average. "kahan" leaves 16-bit weights as they are and carries over what each update loses
+            (Kahan summation, by torch-optimi): 2 + 2 bytes, and 2 each for the carry and Adam's two averages. There
+            `optim` is adamw_torch, sgd or rmsprop, the last as Adam without momentum, which corrects its average for
+            starting at 0. "none" trains weights as they are: 2 + 2 + 2 bytes in bf16, and small updates are lost.
+        keep_attention: with gradient_checkpointing, keep each layer's attention output rather than compute it again.
         check_model: score a random tree both ways before the first step and stop when they disagree.
     """
 
@@ -52,11 +64,12 @@ class SamiConfig(TrainingArguments):
     max_tokens: int = field(default=16384, metadata={"help": "packed tokens of one forward and backward"})
     normalize: str = field(default="mean", metadata={"help": '"mean" or "sum" over a response\'s tokens'})
     beta: float = field(default=0.0, metadata={"help": "weight of the KL to the reference model"})
-    master_weights: str = field(default="fp32", metadata={"help": '"fp32" or "none"'})
+    master_weights: str = field(default="fp32", metadata={"help": '"fp32", "kahan" or "none"'})
+    keep_attention: bool = field(default=False, metadata={"help": "do not recompute attention when checkpointing"})
     check_model: bool = field(default=True, metadata={"help": "score a random tree both ways before training"})
 
     def __post_init__(self) -> None:
-        for name, choices in (("normalize", ("mean", "sum")), ("master_weights", ("fp32", "none"))):
+        for name, choices in (("normalize", ("mean", "sum")), ("master_weights", ("fp32", "kahan", "none"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
         if self.max_tokens <= 0:
@@ -64,6 +77,9 @@ class SamiConfig(TrainingArguments):
         if self.beta < 0:
             raise ValueError(f"beta: expected a number >= 0, got {self.beta}")
         super().__post_init__()
+        if self.master_weights == "kahan" and self.optim not in _KAHAN_OPTIMIZERS:
+            choices, got = sorted(_KAHAN_OPTIMIZERS), self.optim.value
+            raise ValueError(f'optim: expected one of {choices} with master_weights="kahan", got {got!r}')
 
 
 class SamiTrainer(Trainer):
@@ -103,6 +119,8 @@ class SamiTrainer(Trainer):
             self.ref_model = model if hasattr(model, "disable_adapter") else copy.deepcopy(model)
         if args.master_weights == "fp32":
             args = _widen_trainable(model, args)
+        elif args.master_weights == "kahan":
+            kwargs.setdefault("optimizer_cls_and_kwargs", _kahan_optimizer(args))
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, groups in {"train_dataset": train_dataset, **named}.items():
             _check_groups(name, groups, model, args.max_tokens)
@@ -118,6 +136,7 @@ class SamiTrainer(Trainer):
             self.ref_model.requires_grad_(False).eval().to(self.args.device)
         if args.check_model:
             check_model(self.model)
+        self._unchecked: list[tuple[torch.Tensor, PackedTree]] = []  # losses of the step's groups
         self._recent: list[torch.Tensor] = []  # one row of metrics per group since the last log
         self._recent_tokens = self._recent_whole_tokens = 0
         self._last_log = time.perf_counter()
@@ -132,15 +151,15 @@ class SamiTrainer(Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 part = {"packed": packed, "share": len(packed.shapes) / num_groups}
                 loss += super().training_step(model, part, num_items_in_batch)
-        if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # a scaler skips such steps itself
-            self._refuse_non_finite_gradients()
+        self._refuse_non_finite()
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         """Mean loss of a pack's groups times its share of the step."""
         scores = self._score(model, inputs["packed"])
         per_group, rows = _group_metrics(scores, self.args.beta)
-        self._refuse_non_finite(per_group, scores.packed)
+        if model.training:
+            self._unchecked.append((per_group.detach(), scores.packed))
         self._recent.append(rows)
         self._recent_tokens += scores.packed.num_tokens
         self._recent_whole_tokens += scores.packed.whole_tokens
@@ -151,27 +170,41 @@ class SamiTrainer(Trainer):
         ref_model = None
         if self.args.beta > 0:
             ref_model = model if self.ref_model is self.model else self.ref_model
-        return score(model, packed.to(self.args.device), normalize=self.args.normalize, ref_model=ref_model)
-
-    def _refuse_non_finite(self, per_group: torch.Tensor, packed: PackedTree) -> None:
-        finite = per_group.detach().isfinite()
-        if bool(finite.all()):
-            return
-        group = packed.group_name(int((~finite).nonzero()[0]))
-        weights = [name for name, p in self.model.named_parameters() if not bool(p.detach().isfinite().all())]
-        cause = (
-            f"weight {weights[0]} is not finite" if weights else "all weights are finite, its log-probabilities are not"
+        return score(
+            model,
+            packed.to(self.args.device),
+            normalize=self.args.normalize,
+            ref_model=ref_model,
+            keep_attention=self.args.keep_attention,
         )
-        raise NonFiniteError(f"the loss of group {group} is not finite at step {self.state.global_step}: {cause}")
 
-    def _refuse_non_finite_gradients(self) -> None:
-        """Keeps an update that is not finite out of the weights, and so out of the next checkpoint."""
-        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        if grads and not bool(torch.nn.utils.get_total_norm(grads.values()).isfinite()):
-            bad = next(
-                (name for name, grad in grads.items() if not bool(grad.isfinite().all())), "all weights together"
-            )
-            raise NonFiniteError(f"the gradient of {bad} is not finite at step {self.state.global_step}")
+    def _refuse_non_finite(self) -> None:
+        """Keeps an update that is not finite out of the weights, and so out of the next checkpoint.
+
+        The one time in a step that the host waits for the device, once all of the step's work is queued.
+        """
+        groups, self._unchecked = self._unchecked, []
+        finite = torch.cat([per_group for per_group, _ in groups]).isfinite().all()
+        grads = {}
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # a scaler skips such steps itself
+            grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        if grads:
+            finite = finite & torch.nn.utils.get_total_norm(grads.values()).isfinite()
+        if bool(finite):
+            return
+        step = self.state.global_step
+        for per_group, packed in groups:
+            bad = (~per_group.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                weights = [name for name, p in self.model.named_parameters() if not bool(p.detach().isfinite().all())]
+                cause = (
+                    f"weight {weights[0]} is not finite" if weights else "all weights are finite, its scores are not"
+                )
+                raise NonFiniteError(
+                    f"the loss of group {packed.group_name(bad[0])} is not finite at step {step}: {cause}"
+                )
+        name = next((name for name, grad in grads.items() if not bool(grad.isfinite().all())), "all weights together")
+        raise NonFiniteError(f"the gradient of {name} is not finite at step {step}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._recent and "loss" in logs:
@@ -261,6 +294,18 @@ def _widen_trainable(model: nn.Module, args: SamiConfig) -> SamiConfig:
     if args.bf16 or args.fp16:
         return args
     return dataclasses.replace(args, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
+
+
+def _kahan_optimizer(args: SamiConfig) -> tuple[type[torch.optim.Optimizer], dict]:
+    try:
+        import optimi
+    except ImportError as error:
+        raise ImportError(
+            'master_weights: "kahan" needs torch-optimi, which is not installed: pip install torch-optimi'
+        ) from error
+    name, options = _KAHAN_OPTIMIZERS[args.optim](args)
+    logger.info("16-bit weights updated by optimi.%s with Kahan summation", name)
+    return getattr(optimi, name), {"lr": args.learning_rate, "kahan_sum": True, **options}
 
 
 def _check_groups(name: str, groups: Sequence[Group] | None, model: nn.Module, max_tokens: int) -> None:

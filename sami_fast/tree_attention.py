@@ -7,11 +7,13 @@ and both are gone afterwards. Layers that activation checkpointing runs again in
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AttentionInterface
 
 from sami_fast import ops
@@ -30,7 +32,7 @@ class TreeCall:
 
     plan: AttentionPlan
     model_name: str
-    backend: str | None
+    backend: str | Callable | None  # of prefix_attention; a function takes its place
     windows: dict[int, int | None] = field(default_factory=dict)  # layer -> its sliding window
 
     def unsupported(self, reason: str) -> UnsupportedModelError:
@@ -73,17 +75,10 @@ def _tree_attention(
         )
     prefix_tree.windows[getattr(module, "layer_idx", id(module))] = sliding_window
     q, k, v = (autocast(states[0].transpose(0, 1)) for states in (query, key, value))
-    out = ops.prefix_attention(
-        q,
-        k,
-        v,
-        prefix_tree.plan,
-        scale=scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-        backend=prefix_tree.backend,
-    )
+    attend = prefix_tree.backend
+    if not callable(attend):
+        attend = functools.partial(ops.prefix_attention, backend=attend)
+    out = attend(q, k, v, prefix_tree.plan, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
     return out[None], None
 
 
@@ -123,9 +118,17 @@ def _configs(model: nn.Module) -> list:
     return list(found.values())
 
 
+def _saving_attention() -> tuple:
+    """Contexts of a checkpointed layer in which attention is not computed again."""
+    return create_selective_checkpoint_contexts([torch.ops.sami_fast.prefix_attention.default])
+
+
 @contextlib.contextmanager
-def tree_mode(model: nn.Module) -> Iterator[None]:
-    """Tree attention inside, also when activation checkpointing runs a layer again during a later backward."""
+def tree_mode(model: nn.Module, keep_attention: bool = False) -> Iterator[None]:
+    """Tree attention inside, also when activation checkpointing runs a layer again during a later backward.
+
+    `keep_attention`: such a layer then finds the outputs of its attention kept.
+    """
     configs = _configs(model)
     originals: list[tuple[nn.Module, str, Callable]] = []
     for module in model.modules():
@@ -135,6 +138,9 @@ def tree_mode(model: nn.Module) -> Iterator[None]:
 
     def in_tree_mode(original: Callable) -> Callable:
         def run(function: Callable, *args, **kwargs):
+            if keep_attention:
+                kwargs.setdefault("context_fn", _saving_attention)
+
             def layer(*layer_args, **layer_kwargs):
                 with _attention_setting(configs):
                     return function(*layer_args, **layer_kwargs)

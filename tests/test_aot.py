@@ -58,10 +58,9 @@ def test_loops_are_found():
     assert aot._loops(ptx.replace("bra $L__BB0_1", "bra $L__BB0_2"), matrix) == []
 
 
-def test_launcher_compiles_once_for_every_tree(monkeypatch):
-    """Triton's own launch path, up to the launch: it takes our arguments, and a new tree finds its kernel compiled."""
+def _warm_launcher(monkeypatch, kernels):
+    """Triton's own launch path, up to the launch: a function of a case that returns how much code each kernel has."""
     from benchmarks import aot
-    from sami_fast.kernels import prefix_attention as kernels
 
     target = aot.GPUTarget("cuda", 90, 32)
     nowhere = SimpleNamespace(
@@ -72,12 +71,42 @@ def test_launcher_compiles_once_for_every_tree(monkeypatch):
     for function in functions:
         monkeypatch.setattr(function, "device_caches", type(function.device_caches)(function.create_binder))
 
-    def warm(case, tokens):
-        for call in aot.calls(case, tokens):
+    def warm(case, *tokens):
+        for call in aot.calls(case, *tokens):
             assert call.kernel.run(grid=call.grid, warmup=True, **call.arguments, **call.options).asm["ptx"]
         return [len(function.device_caches[0][0]) for function in functions]
 
+    return warm
+
+
+def test_launcher_compiles_once_for_every_tree(monkeypatch):
+    from benchmarks import aot
+    from sami_fast.kernels import prefix_attention as kernels
+
+    warm = _warm_launcher(monkeypatch, kernels)
     for case in (aot.Case(90, torch.bfloat16, 64, 64), aot.Case(90, torch.bfloat16, 64, 64, options=True)):
         compiled = warm(case, 64)
-        for tokens in (1, 77, 1000):
+        for tokens in (33, 77, 1000):
             assert warm(case, tokens) == compiled
+
+
+def test_launcher_compiles_once_for_every_number_of_rows(monkeypatch):
+    """A head of a vocabulary has at most two sizes of blocks: for up to 2048 rows, and for more."""
+    from benchmarks import aot
+    from sami_fast.kernels import linear_logprob as kernels
+
+    warm = _warm_launcher(monkeypatch, kernels)
+    for few in ((1, 7, 300, 2048), (2049, 4097, 5555, 20000)):
+        compiled = [warm(aot.HeadCase(90, torch.bfloat16, rows, 50257)) for rows in few]
+        assert all(min(counts) > 0 and counts == compiled[0] for counts in compiled), compiled
+
+
+def test_shipped_head_kernels_compile_to_good_code():
+    from benchmarks import aot
+
+    case = aot.HeadCase(90, torch.bfloat16, 300, 128256, options=True)
+    assert case in set(aot.cases())
+    reports = aot.check(case)
+    assert {report.kernel for report in reports} == {"block", "finish", "normalise", "gradient"}
+    for report in reports:
+        assert not report.failures, aot.line(report)

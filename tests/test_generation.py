@@ -55,6 +55,16 @@ def test_a_response_depends_on_its_prompt_and_the_seed_alone(model, tokenizer):
     assert torch.equal(torch.get_rng_state(), state), "the global random state was used"
 
 
+def test_what_is_done_already_is_left_out_and_the_rest_is_the_same(model, tokenizer):
+    prompts = [*PROMPTS, PROMPTS[1]]  # the last counts as a further sample of the second
+    expected = generate(model, tokenizer, prompts, num_return_sequences=2)
+    done = {(1, 0), (5, 0), (3, 1), (0, 0)}
+    rest = generate(model, tokenizer, prompts, num_return_sequences=2, done=done)
+    assert rest == [r for r in expected if (r.prompt, r.sample) not in done] and len(rest) == 8
+    everything = {(p, s) for p in range(6) for s in range(2)}
+    assert generate(model, tokenizer, prompts, num_return_sequences=2, done=everything) == []
+
+
 def test_equal_prompts_and_further_samples_are_drawn_anew(model, tokenizer):
     samples = generate(model, tokenizer, [PROMPTS[1]], num_return_sequences=4)
     assert len({r.token_ids for r in samples}) == 4
@@ -211,7 +221,7 @@ def test_filters_remove_and_count():
     ]
     filtered = filter_responses(groups)
     assert filtered.texts == [groups[0], [None, None], [None, "Also fine."], [None, "Text."], [None, None], groups[5]]
-    assert filtered.counts == {"leftover": 3, "trimmed": 0, "empty": 1, "identical": 2, "kept": 6}
+    assert filtered.counts == {"leftover": 3, "trimmed": 0, "unfinished": 0, "empty": 1, "identical": 2, "kept": 6}
     assert sum(filtered.counts.values()) == 12
 
 
@@ -225,10 +235,19 @@ def test_filters_trim_and_take_further_markers():
     groups = [["One. Two and", "1. First thing.\n2. Sec"], ["Ends so", "Guidelines: one. Two"]]
     filtered = filter_responses(groups, trim=True, markers=["Guidelines:"], finished=[[False, False], [True, False]])
     assert filtered.texts == [["One.", "1. First thing."], ["Ends so", None]]
-    assert filtered.counts == {"leftover": 1, "trimmed": 2, "empty": 0, "identical": 0, "kept": 3}
+    assert filtered.counts == {"leftover": 1, "trimmed": 2, "unfinished": 0, "empty": 0, "identical": 0, "kept": 3}
     for name in ("positives", "finished"):
         with pytest.raises(ValueError, match=f"{name}: expected the shape of groups"):
             filter_responses(groups, **{name: [[0, 1]]})
+
+
+def test_unfinished_sentences_are_dropped_when_asked_for():
+    groups = [["Whole one. ", "Half a"], ["1.", 'He said "no."'], ["One. Two and", "  "]]
+    filtered = filter_responses(groups, drop_unfinished=True)
+    assert filtered.texts == [["Whole one. ", None], [None, 'He said "no."'], [None, None]]
+    assert filtered.counts == {"leftover": 0, "trimmed": 0, "unfinished": 3, "empty": 1, "identical": 0, "kept": 2}
+    trimmed = filter_responses(groups, drop_unfinished=True, trim=True)
+    assert trimmed.texts[2] == ["One.", None] and trimmed.counts["unfinished"] == 2
 
 
 @pytest.mark.parametrize(

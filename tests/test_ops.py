@@ -1,5 +1,9 @@
 import itertools
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -100,7 +104,7 @@ def head(rng, N, H, V, dtype, bias):
     return make(N, H), make(V, H), torch.tensor(rng.integers(0, V, N)), make(V) if bias else None
 
 
-@pytest.mark.parametrize("keep_bytes", [0, 256 << 20])
+@pytest.mark.parametrize("keep_bytes", [0, 64 * 37 * 8, 256 << 20])  # in between: the first columns, two dtypes
 @pytest.mark.parametrize("chunk_bytes", [1, 4000, 8 << 20])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -173,7 +177,16 @@ def test_linear_kl(bias, softcap, dtype, monkeypatch):
         assert_exact(a, e, "gradient", slack=4)
 
 
-INFONCE_BACKENDS = ["reference"] + (["cuda"] if find_spec("sami_fast._C") else [])
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INFONCE_BACKENDS = ["reference"] + (["cuda"] if find_spec("sami_fast._C") else []) + (["triton"] if INTERPRETED else [])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_segment_infonce_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "infonce or opcheck"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
 
 
 @given(
@@ -230,16 +243,44 @@ def test_opcheck():
     for arguments in ((sinks, 0.3, 4, 2.0), (None, 0.3, None, None)):
         torch.library.opcheck(ops._prefix_attention, (q, k, v, plan.position_ids, plan.nodes, *arguments, "reference"))
     hidden, weight, labels, bias = head(rng, 9, 8, 33, torch.float32, True)
-    torch.library.opcheck(ops._linear_logprob, (hidden, weight, labels, bias, 1.0, None, "nothing", "reference"))
-    torch.library.opcheck(ops._linear_logprob, (hidden, weight, labels, bias, 0.5, None, "logits", "reference"))
-    torch.library.opcheck(
-        ops._linear_logprob, (hidden, weight.detach(), labels, None, 1.0, 2.0, "hidden_grad", "reference")
-    )
+    for keep_columns in (0, 20, 64):
+        arguments = (hidden, weight, labels, bias, 0.5, None, "trained_head", keep_columns, "reference")
+        torch.library.opcheck(ops._linear_logprob, arguments)
+    constants = (weight.detach(), labels, None, 1.0, 2.0)
+    torch.library.opcheck(ops._linear_logprob, (hidden, *constants, "frozen_head", 0, "reference"))
+    torch.library.opcheck(ops._linear_logprob, (hidden.detach(), *constants, "no_grad", 0, "reference"))
     reference_head = (hidden.detach() + 1, weight.detach() + 1, None)
     torch.library.opcheck(ops._linear_kl, (hidden, weight, bias, *reference_head, 1.0, None, "reference"))
     tokens = torch.randn(packed.labels.numel(), requires_grad=True)
-    shapes = torch.tensor(packed.shapes)
-    torch.library.opcheck(ops._segment_infonce, (tokens, packed.offsets, shapes, packed.positives, "mean", "reference"))
+    table = ops._group_table(packed.shapes, torch.device("cpu"))
+    for backend in INFONCE_BACKENDS:
+        arguments = (tokens, packed.offsets, torch.tensor(packed.shapes), table, packed.positives, "mean", backend)
+        torch.library.opcheck(ops._segment_infonce, arguments)
+
+
+@pytest.mark.parametrize("backend", INFONCE_BACKENDS)
+@pytest.mark.parametrize("normalize", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 256), (256, 256), (17, 33), (3, 64)])
+def test_segment_infonce_of_large_groups(shape, normalize, backend):
+    C, R = shape
+    rng = np.random.default_rng(11)
+    lengths = rng.integers(1, 4, C * R)
+    offsets = torch.tensor(np.r_[0, np.cumsum(lengths)])
+    owners = rng.permutation(np.r_[np.arange(min(C, R)), rng.integers(0, C, max(R - C, 0))])
+    tokens = torch.tensor(-rng.exponential(size=lengths.sum()), dtype=torch.float32).requires_grad_()
+    loss, matrix, metrics = segment_infonce(
+        tokens, offsets, [shape], torch.tensor(owners), normalize=normalize, backend=backend
+    )
+    (grad,) = torch.autograd.grad(loss.sum(), tokens)
+    wide = tokens.detach().double().requires_grad_()
+    e_loss, e_matrix, e_metrics = segment_infonce(
+        wide, offsets, [shape], torch.tensor(owners), normalize=normalize, backend="reference"
+    )
+    (e_grad,) = torch.autograd.grad(e_loss.sum(), wide)
+    assert_exact(matrix, e_matrix, "matrix")
+    assert_exact(grad, e_grad, "gradient")
+    assert torch.allclose(loss.double(), e_loss, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(metrics.double(), e_metrics, rtol=1e-5, atol=1e-5)
 
 
 def test_ops_compile_to_one_graph():

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sami_fast import Group, pack, prefix_tree
+from sami_fast.kernels import reference
 from sami_fast.prefix_tree import AttentionPlan
 from sami_fast.scoring import Scores, UnsupportedModelError, check_model, score
 
@@ -235,6 +236,20 @@ def test_adapters_under_gradient_checkpointing(use_reentrant):
     assert_same_gradients(gradients(model, objective(score(model, packed).matrices)), expected)
 
 
+def test_kept_attention_is_not_computed_again(monkeypatch):
+    model, packed = tiny_model(), pack(two_trees())
+    expected = gradients(model, objective(score(model, packed).matrices))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    forward, calls = reference.prefix_attention_forward, []
+    monkeypatch.setattr(reference, "prefix_attention_forward", lambda *args: calls.append(1) or forward(*args))
+    for keep, times in ((False, 2), (True, 1)):
+        calls.clear()
+        scores = score(model, packed, keep_attention=keep)
+        assert_same_gradients(gradients(model, objective(scores.matrices)), expected)
+        assert len(calls) == times * model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "phi"])
 def test_exact_with_tied_and_untied_heads(family, tied):
@@ -270,6 +285,15 @@ def test_a_compiled_model_is_looked_through():
     model, packed = tiny_model(), pack(two_trees())
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     assert_exact(score(compiled, packed).token_logprobs, score(model, packed).token_logprobs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_model_scores_in_one_graph(family):
+    model, packed = tiny_model(family), pack(two_trees())
+    expected = gradients(model, objective(score(model, packed).matrices))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same_gradients(gradients(model, objective(score(compiled, packed).matrices)), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])

@@ -170,6 +170,25 @@ def test_small_updates_of_bf16_models_count_with_master_weights_only(tmp_path):
     assert len(moved["fp32"]) == 5 and moved["none"] == []
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_kahan_summation_moves_bf16_weights_as_float32_moves(tmp_path, optim):
+    pytest.importorskip("optimi")
+    moved = {}
+    for choice in ("fp32", "kahan", "none"):
+        model = llama(torch.bfloat16)
+        start = weights(copy.deepcopy(model).float())
+        options = dict(master_weights=choice, learning_rate=5e-7, max_steps=20, optim=optim, max_grad_norm=0.0)
+        trainer = SamiTrainer(model, config(tmp_path, **options), dataset())
+        trainer.train()
+        state = trainer.optimizer.state
+        carry = {name: state[p].get("kahan_comp", torch.zeros(())).double() for name, p in model.named_parameters()}
+        parts = [p.detach().double() + carry[name] - start[name] for name, p in model.named_parameters()]
+        moved[choice] = torch.cat([part.flatten() for part in parts])
+        assert model.lm_head.weight.dtype == (torch.float32 if choice == "fp32" else torch.bfloat16)
+    off = {choice: float((moved[choice] - moved["fp32"]).norm() / moved["fp32"].norm()) for choice in moved}
+    assert off["kahan"] < 0.1 and off["none"] > 0.5
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 def test_kl_to_the_reference_is_logged_and_holds_the_model_back(tmp_path, adapters):
     peft = pytest.importorskip("peft")
@@ -221,6 +240,8 @@ def test_bad_input_is_refused_before_training(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message[1] if isinstance(message, tuple) else message):
             config(tmp_path, **{options: message[0]})
+    with pytest.raises(ValueError, match=r"optim: expected one of .* got 'adafactor'"):
+        config(tmp_path, master_weights="kahan", optim="adafactor")
 
 
 def test_inexact_models_are_refused_before_training(tmp_path):

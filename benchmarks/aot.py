@@ -104,7 +104,7 @@ def cases() -> Iterator[Case | HeadCase]:
         yield HeadCase(architecture, torch.float16, 300, 128256)
 
 
-def calls(case: Case | HeadCase, T: int = 64) -> list[kernels.Call] | list[configs.Call]:
+def calls(case: Case | HeadCase, T: int = 64) -> list[configs.Call]:
     """The launches of a forward and a backward over T tokens (a head: over its rows), on tensors without memory."""
     if isinstance(case, HeadCase):
         return _head_calls(case)
@@ -152,7 +152,7 @@ def _distinct(launches: list[configs.Call]) -> list[configs.Call]:
     return list(code.values())
 
 
-def _source(call: kernels.Call) -> ASTSource:
+def _source(call: configs.Call) -> ASTSource:
     """What the launcher would compile for these arguments."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(call.kernel.params):
@@ -173,7 +173,7 @@ def _source(call: kernels.Call) -> ASTSource:
     return ASTSource(call.kernel, signature, constants, attributes)
 
 
-def _compile(call: kernels.Call, architecture: int) -> tuple[triton.compiler.CompiledKernel, str]:
+def _compile(call: configs.Call, architecture: int) -> tuple[triton.compiler.CompiledKernel, str]:
     """The compiled kernel, and what ptxas said."""
     log = io.StringIO()
     with contextlib.ExitStack() as stack:

@@ -8,6 +8,8 @@ launches into the tables.
 from dataclasses import dataclass
 from typing import Any
 
+import triton
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -64,10 +66,34 @@ PREFIX_ATTENTION_CAPPED: dict[tuple[str, str, int], Launch] = {
 }
 
 
-def prefix_attention(loads: str, name: str, head_dim: int, capped: bool) -> Launch:
-    """Configuration of a pass, `head_dim` being the larger of q's and v's."""
+# Before Triton 3.9 the compiler needs more registers, and would spill.
+_OLDER_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+PREFIX_ATTENTION_OLDER: dict[tuple[str, str, int], Launch] = {
+    ("descriptors", "grad_kv", 128): Launch(32, 128, 8, 3),
+    ("descriptors", "grad_q", 256): Launch(64, 32, 8, 3),
+    ("descriptors", "grad_k", 256): Launch(32, 64, 8, 3),
+    ("pointers", "forward", 256): Launch(64, 16, 8, 3),
+    ("pointers", "grad_q", 64): Launch(128, 32, 8, 3),
+    ("float32", "grad_q", 256): Launch(16, 32, 8, 2),
+}
+# With a soft-cap, or where a tile does not begin with the first head of a token.
+PREFIX_ATTENTION_OLDER_TIGHT: dict[tuple[str, str, int], Launch] = {
+    ("descriptors", "forward", 128): Launch(128, 64, 8, 3),
+    ("descriptors", "grad_kv", 128): Launch(32, 128, 8, 2),
+}
+
+
+def prefix_attention(loads: str, name: str, head_dim: int, capped: bool, group: int) -> Launch:
+    """Configuration of a pass: `head_dim` the larger of q's and v's, `group` query heads to a KV head."""
     key = loads, name, next(size for size in (64, 128, 256) if head_dim <= size)
-    return (capped and PREFIX_ATTENTION_CAPPED.get(key)) or PREFIX_ATTENTION[key]
+    tables = [PREFIX_ATTENTION]
+    if capped:
+        tables.append(PREFIX_ATTENTION_CAPPED)
+    if _OLDER_COMPILER:
+        tables.append(PREFIX_ATTENTION_OLDER)
+        if capped or group & (group - 1):
+            tables.append(PREFIX_ATTENTION_OLDER_TIGHT)
+    return next(table[key] for table in reversed(tables) if key in table)
 
 
 @dataclass(frozen=True)

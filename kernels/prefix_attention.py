@@ -31,6 +31,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sami_fast.kernels import configs
+from sami_fast.kernels.configs import Call
 from sami_fast.tile_plan import DevicePlan, device_plan
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -359,19 +360,6 @@ def _grad_kv_kernel(
 # Launcher
 
 
-@dataclass(frozen=True)
-class Call:
-    """One kernel launch: to run on tensors, or to compile for a machine that is not there."""
-
-    kernel: Any
-    grid: tuple[int, int]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
-
-
 @functools.cache
 def _architecture(device: torch.device) -> int:
     """90 for sm_90; the interpreter stands for the oldest machine."""
@@ -462,7 +450,7 @@ class Attention:
         descriptors = self.architecture in _DESCRIPTOR_ARCHITECTURES and q.element_size() == 2
         descriptors = descriptors and all(map(_has_descriptor, walked.values()))
         loads = "float32" if q.element_size() == 4 else "descriptors" if descriptors else "pointers"
-        launch = configs.prefix_attention(loads, name, max(D, DV), self.softcap is not None)
+        launch = configs.prefix_attention(loads, name, max(D, DV), self.softcap is not None, group)
         shape = launch.block_rows, launch.block_keys, self.window
         if "k" in walked:
             block, (tiles, steps) = launch.block_keys, self.plan.tiles("query", group, *shape)

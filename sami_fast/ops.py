@@ -4,7 +4,6 @@ Every op takes `backend`: None picks the best one for the tensors' device, and t
 Implementations live in `sami_fast.kernels`, are imported on first use, and never import each other.
 """
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -103,6 +102,14 @@ def _load(op: str, backend: str, device_type: str) -> ModuleType:
     return importlib.import_module(_IMPLEMENTATIONS[op][backend])
 
 
+def _run(op: str, direction: str, backend: str, arguments: tuple) -> Any:
+    """An implementation's work, in its own dtypes: autocast would round what it multiplies to 16 bits."""
+    device_type = arguments[0].device.type
+    function = getattr(_load(op, backend, device_type), f"{op}_{direction}")
+    with torch.autocast(device_type, enabled=False):
+        return function(*arguments)
+
+
 def _expect(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got}")
@@ -139,8 +146,8 @@ def _prefix_attention(
     softcap: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    implementation = _load("prefix_attention", backend, q.device.type)
-    return implementation.prefix_attention_forward(q, k, v, position_ids, nodes, sinks, scale, window, softcap)
+    arguments = (q, k, v, position_ids, nodes, sinks, scale, window, softcap)
+    return _run("prefix_attention", "forward", backend, arguments)
 
 
 @_prefix_attention.register_fake
@@ -167,10 +174,8 @@ def _prefix_attention_backward(
     softcap: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    implementation = _load("prefix_attention", backend, q.device.type)
-    return implementation.prefix_attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, position_ids, nodes, sinks, scale, window, softcap
-    )
+    arguments = (grad_out, grad_lse, q, k, v, out, lse, position_ids, nodes, sinks, scale, window, softcap)
+    return _run("prefix_attention", "backward", backend, arguments)
 
 
 @_prefix_attention_backward.register_fake
@@ -287,11 +292,6 @@ def _log_regime(regime: str, backend: str) -> None:
     logger.info("linear_logprob on backend %r: %s", backend, _REGIMES[regime])
 
 
-def _exact(device: torch.device) -> contextlib.AbstractContextManager:
-    """Autocast would round the logits to 16 bits."""
-    return torch.autocast(device.type, enabled=False)
-
-
 @torch.library.custom_op("sami_fast::linear_logprob", mutates_args=())
 def _linear_logprob(
     hidden: torch.Tensor,
@@ -306,12 +306,9 @@ def _linear_logprob(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log p(label) and log-sum-exp [N]; what is kept: d(log p)/d(hidden) [N, H] in regime "frozen_head", otherwise
     [N, keep_columns] of what the backend likes to keep of the first columns of the vocabulary."""
-    implementation = _load("linear_logprob", backend, hidden.device.type)
     _log_regime(regime, backend)
-    with _exact(hidden.device):
-        return implementation.linear_logprob_forward(
-            hidden, weight, labels, bias, logit_scale, softcap, regime, keep_columns
-        )
+    arguments = (hidden, weight, labels, bias, logit_scale, softcap, regime, keep_columns)
+    return _run("linear_logprob", "forward", backend, arguments)
 
 
 @_linear_logprob.register_fake
@@ -353,11 +350,8 @@ def _linear_logprob_backward(
     softcap: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    implementation = _load("linear_logprob", backend, hidden.device.type)
-    with _exact(hidden.device):
-        return implementation.linear_logprob_backward(
-            grad_logprob, hidden, weight, labels, bias, logprob, lse, kept, logit_scale, softcap
-        )
+    arguments = (grad_logprob, hidden, weight, labels, bias, logprob, lse, kept, logit_scale, softcap)
+    return _run("linear_logprob", "backward", backend, arguments)
 
 
 @_linear_logprob_backward.register_fake
@@ -469,10 +463,8 @@ def _linear_kl(
     softcap: float | None,
     backend: str,
 ) -> torch.Tensor:
-    implementation = _load("linear_kl", backend, hidden.device.type)
-    return implementation.linear_kl_forward(
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, logit_scale, softcap
-    )
+    arguments = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, logit_scale, softcap)
+    return _run("linear_kl", "forward", backend, arguments)
 
 
 @_linear_kl.register_fake
@@ -494,10 +486,8 @@ def _linear_kl_backward(
     softcap: float | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    implementation = _load("linear_kl", backend, hidden.device.type)
-    return implementation.linear_kl_backward(
-        grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl, logit_scale, softcap
-    )
+    arguments = (grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl, logit_scale, softcap)
+    return _run("linear_kl", "backward", backend, arguments)
 
 
 @_linear_kl_backward.register_fake
@@ -570,8 +560,8 @@ def _segment_infonce(
     normalize: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    implementation = _load("segment_infonce", backend, token_logprobs.device.type)
-    return implementation.segment_infonce_forward(token_logprobs, offsets, shapes, table, positives, normalize)
+    arguments = (token_logprobs, offsets, shapes, table, positives, normalize)
+    return _run("segment_infonce", "forward", backend, arguments)
 
 
 @_segment_infonce.register_fake

@@ -1,5 +1,6 @@
 """A part of `python -m benchmarks.aot`: kernels compiled for machines that are not here."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -44,9 +45,8 @@ def test_every_configuration_is_among_the_cases():
             if "DESCRIPTORS" in call.arguments:
                 names = ("BLOCK_M", "BLOCK_N")
                 used.add((*(call.arguments[n] for n in names), call.options["num_warps"], call.options["num_stages"]))
-    for table in (configs.PREFIX_ATTENTION, configs.PREFIX_ATTENTION_CAPPED):
-        for key, launch in table.items():
-            assert tuple(vars(launch).values()) in used, key
+    for key, capped, group in itertools.product(configs.PREFIX_ATTENTION, (False, True), (4, 7)):
+        assert tuple(vars(configs.prefix_attention(*key, capped, group)).values()) in used, (key, capped, group)
 
 
 def test_loops_are_found():

@@ -354,3 +354,25 @@ def test_bad_arguments_are_refused_by_name():
     for message, (a, b, c, d, options) in bad_infonce.items():
         with pytest.raises(ValueError, match=message):
             segment_infonce(a, b, c, d, **options)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the reference, in its own process")
+def test_autocast_rounds_nothing_inside_the_ops():
+    rng = np.random.default_rng(12)
+    packed = pack([random_group(rng, 2, 3)])
+    q, k, v = qkv(rng, packed.num_tokens, 4, 2, 8, dtype=torch.float32)
+    hidden, weight, labels, bias = head(rng, 9, 8, 33, torch.float32, True)
+    calls = {
+        "fused attention": (lambda: prefix_attention(q, k, v, packed.plan), (q, k, v)),
+        "attention by blocks": (lambda: prefix_attention(q, k, v, packed.plan, window=4, softcap=2.0), (q, k, v)),
+        "logprob": (lambda: linear_logprob(hidden, weight, labels, bias=bias), (hidden, weight, bias)),
+        "kl": (lambda: linear_kl(hidden, weight, hidden.detach() + 1, weight.detach()), (hidden, weight)),
+    }
+    for name, (call, inputs) in calls.items():
+        plain = call()
+        expected = [plain, *gradients([plain], inputs)]
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = call()
+            actual = [cast, *gradients([cast], inputs)]
+        for a, e in zip(actual, expected, strict=True):
+            assert a.equal(e), name

@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv install lint format test demo bench aot clean
+.PHONY: help venv install lint format test demo demo-long bench gpu aot clean
 
 ## Python that creates the virtual environment (3.11 or later)
 PYTHON ?= python3
@@ -48,6 +48,13 @@ test: $(VENV)/.installed  ## Run the tests; those that need a GPU skip themselve
 
 demo: $(VENV)/.demo  ## Run the demonstration, small model included
 	$(BIN)/sami-fast demo $(DEMO)
+
+demo-long: $(VENV)/.demo  ## The whole algorithm in two iterations: up to 40 minutes on two cores
+	$(BIN)/sami-fast run sami_fast/recipes/demo_long/config.yaml
+
+gpu: $(VENV)/.installed  ## On a machine with CUDA: the tests that need it, then the quick benchmarks
+	$(BIN)/pytest -q -m gpu
+	$(BIN)/python -m benchmarks --device cuda --quick
 
 bench: $(VENV)/.installed  ## Run the benchmarks
 	$(BIN)/python -m benchmarks $(BENCH)

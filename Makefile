@@ -49,8 +49,8 @@ test: $(VENV)/.installed  ## Run the tests; those that need a GPU skip themselve
 demo: $(VENV)/.demo  ## Run the demonstration, small model included
 	$(BIN)/sami-fast demo $(DEMO)
 
-demo-long: $(VENV)/.demo  ## The whole algorithm in two iterations: up to 40 minutes on two cores
-	$(BIN)/sami-fast run sami_fast/recipes/demo_long/config.yaml
+demo-long: $(VENV)/.demo  ## Run the longer demonstration, two iterations: up to 40 minutes on two cores
+	$(BIN)/sami-fast demo --long $(DEMO)
 
 gpu: $(VENV)/.installed  ## On a machine with CUDA: the tests that need it, then the quick benchmarks
 	$(BIN)/pytest -q -m gpu

@@ -143,6 +143,7 @@ def load_queries(task: Task, *, limit: int | None = None) -> tuple[list[Query], 
         counts["rows"] += 1
         try:
             text = _cell(row, task.field)
+            text = "" if text is None else text  # a few rows of the public data are of another kind
             if not isinstance(text, str):
                 raise ValueError(f"{task.field}: expected text, got {type(text).__name__}")
             text = task.clean(text)

@@ -124,6 +124,22 @@ def test_demo_leaves_its_report(tmp_path, model_folder):
     assert "before:" in (output / "samples.md").read_text()
 
 
+def test_the_long_demo_has_two_iterations_and_is_not_done_twice(tmp_path, model_folder, monkeypatch, capsys):
+    arguments = ["demo", "--long", "--model", str(model_folder), "--output", str(tmp_path / "report")]
+    arguments += ["--queries", "15", "--steps", "2"]
+    assert main(arguments) == 0
+    first = (tmp_path / "report/metrics.json").read_text()
+    metrics = json.loads(first)
+    assert [entry["iteration"] for entry in metrics["iterations"]] == [1, 2]
+    assert metrics["after"] == metrics["iterations"][1]["held_out"]
+    assert {entry["iteration"] for entry in metrics["training"]} == {1, 2}
+    assert (tmp_path / "report/mutual_information.png").read_bytes().startswith(b"\x89PNG")
+    assert "iteration 2" in capsys.readouterr().out
+    monkeypatch.setattr("sami_fast.pipeline.iter_responses", lambda *_, **__: pytest.fail("generated again"))
+    assert main(arguments) == 0
+    assert (tmp_path / "report/metrics.json").read_text() == first
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

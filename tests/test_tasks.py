@@ -27,7 +27,8 @@ def write_lines(path, rows):
 @pytest.fixture
 def tldr_folder(tmp_path):
     """The layout of the public data set's conversion: a folder for each part, a file for each split."""
-    posts = [{"id": f"t3_{i}", "post": f"Post {i} \n", "title": "T", "subreddit": "r"} for i in (1, 1, 2, 3)]
+    posts = [{"id": f"t3_{i}", "post": f"Post {i} \n", "title": "T", "article": None} for i in (1, 1, 2, 3)]
+    posts.append({"id": "news", "post": None, "title": None, "article": "Not a post."})
     for part, split, rows in (
         ("comparisons", "train", [{"info": info, "choice": 0} for info in posts]),
         ("comparisons", "validation", [{"info": posts[0], "choice": 1}]),
@@ -42,7 +43,7 @@ def test_posts_in_the_layout_of_the_public_data(tldr_folder):
     options = {"split": "train", "load_options": {"data_dir": "comparisons"}}
     found, counts = queries(name="tldr", source=str(tldr_folder), **options)
     assert [(query.id, query.text) for query in found] == [("t3_1", "Post 1"), ("t3_2", "Post 2"), ("t3_3", "Post 3")]
-    assert counts == {"rows": 4, "duplicate": 1, "unusable": 0}
+    assert counts == {"rows": 5, "duplicate": 1, "unusable": 1}
     assert find_task(TaskConfig(name="tldr")).load_options["data_dir"] == "comparisons"
     assert find_task(TaskConfig(name="tldr")).split == "train"
 

@@ -191,7 +191,7 @@ def ours(backend: str, made: Inputs, backward: bool) -> Prepared:
 
 
 # The one that others are divided by is the first that runs.
-for _backend in ops._IMPLEMENTATIONS["prefix_attention"]:
+for _backend in ops.dispatch.IMPLEMENTATIONS["prefix_attention"]:
     if _backend != "flash":
         SUITE.arm(f"ours, {_backend}", peer="sami-fast", ours=True)(functools.partial(ours, _backend))
 

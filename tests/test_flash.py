@@ -115,7 +115,7 @@ def test_opcheck_and_compile(plain):
     q, k, v = qkv(np.random.default_rng(2), packed.num_tokens, 4, 2, 8)
     plan = packed.plan
     torch.library.opcheck(
-        ops._prefix_attention, (q, k, v, plan.position_ids, plan.nodes, None, 0.3, None, 2.0, "flash")
+        ops.attention._prefix_attention, (q, k, v, plan.position_ids, plan.nodes, None, 0.3, None, 2.0, "flash")
     )
     function = lambda *x: prefix_attention(*x, plan, backend="flash")  # noqa: E731
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -112,7 +112,7 @@ def head(rng, N, H, V, dtype, bias):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("shape", [(1, 3, 1), (37, 8, 101), (5, 4, 50)])
 def test_linear_logprob(shape, frozen, bias, softcap, dtype, chunk_bytes, keep_bytes, monkeypatch):
-    monkeypatch.setattr(ops, "_KEEP_BYTES", keep_bytes)
+    monkeypatch.setattr(ops.head, "_KEEP_BYTES", keep_bytes)
     monkeypatch.setattr(reference, "_CACHED_LOGIT_BYTES", chunk_bytes)
     monkeypatch.setattr(reference, "_LOGIT_ROWS", min(16, chunk_bytes))
     hidden, weight, labels, bias = head(np.random.default_rng(5), *shape, dtype, bias)
@@ -241,21 +241,23 @@ def test_opcheck():
     sinks = torch.randn(4, requires_grad=True)
     plan = packed.plan
     for arguments in ((sinks, 0.3, 4, 2.0), (None, 0.3, None, None)):
-        torch.library.opcheck(ops._prefix_attention, (q, k, v, plan.position_ids, plan.nodes, *arguments, "reference"))
+        torch.library.opcheck(
+            ops.attention._prefix_attention, (q, k, v, plan.position_ids, plan.nodes, *arguments, "reference")
+        )
     hidden, weight, labels, bias = head(rng, 9, 8, 33, torch.float32, True)
     for keep_columns in (0, 20, 64):
         arguments = (hidden, weight, labels, bias, 0.5, None, "trained_head", keep_columns, "reference")
-        torch.library.opcheck(ops._linear_logprob, arguments)
+        torch.library.opcheck(ops.head._linear_logprob, arguments)
     constants = (weight.detach(), labels, None, 1.0, 2.0)
-    torch.library.opcheck(ops._linear_logprob, (hidden, *constants, "frozen_head", 0, "reference"))
-    torch.library.opcheck(ops._linear_logprob, (hidden.detach(), *constants, "no_grad", 0, "reference"))
+    torch.library.opcheck(ops.head._linear_logprob, (hidden, *constants, "frozen_head", 0, "reference"))
+    torch.library.opcheck(ops.head._linear_logprob, (hidden.detach(), *constants, "no_grad", 0, "reference"))
     reference_head = (hidden.detach() + 1, weight.detach() + 1, None)
-    torch.library.opcheck(ops._linear_kl, (hidden, weight, bias, *reference_head, 1.0, None, "reference"))
+    torch.library.opcheck(ops.head._linear_kl, (hidden, weight, bias, *reference_head, 1.0, None, "reference"))
     tokens = torch.randn(packed.labels.numel(), requires_grad=True)
-    table = ops._group_table(packed.shapes, torch.device("cpu"))
+    table = ops.infonce._group_table(packed.shapes, torch.device("cpu"))
     for backend in INFONCE_BACKENDS:
         arguments = (tokens, packed.offsets, torch.tensor(packed.shapes), table, packed.positives, "mean", backend)
-        torch.library.opcheck(ops._segment_infonce, arguments)
+        torch.library.opcheck(ops.infonce._segment_infonce, arguments)
 
 
 @pytest.mark.parametrize("backend", INFONCE_BACKENDS)
@@ -305,7 +307,7 @@ def test_backends_say_why(caplog):
     assert report["reference"].startswith("available: prefix_attention")
     if not torch.cuda.is_available():
         assert report["triton"].startswith("unavailable: ") and report["cuda"].startswith("unavailable: ")
-    ops._load.cache_clear()
+    ops.dispatch.load.cache_clear()
     with caplog.at_level("INFO", "sami_fast.ops"):
         linear_logprob(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64))
     assert "linear_logprob runs on backend 'reference' (cpu tensors)" in caplog.text

@@ -330,7 +330,9 @@ def test_opcheck_and_one_graph():
     q, k, v = qkv(rng, packed.num_tokens, 4, 2, 16, dtype=torch.float32)
     sinks, plan = torch.randn(4, requires_grad=True), packed.plan
     for arguments in ((sinks, 0.3, 4, 2.0), (None, 0.3, None, None)):
-        torch.library.opcheck(ops._prefix_attention, (q, k, v, plan.position_ids, plan.nodes, *arguments, "triton"))
+        torch.library.opcheck(
+            ops.attention._prefix_attention, (q, k, v, plan.position_ids, plan.nodes, *arguments, "triton")
+        )
 
     def step(q, k, v):
         return prefix_attention(q, k, v, plan, window=5, backend="triton", return_lse=True)
@@ -364,7 +366,7 @@ def test_what_the_kernels_cannot_do_is_refused_by_name():
     one = AttentionPlan.build(np.full(T, T), np.arange(T))
     shorter = pack([Group([[1]], [[2, 3]])]).plan.nodes
     with pytest.raises(ValueError, match=f"plan: expected a plan of {T} tokens as q has"):
-        ops._prefix_attention(x, x, x, one.position_ids, shorter, None, 1.0, None, None, "triton")
+        ops.attention._prefix_attention(x, x, x, one.position_ids, shorter, None, 1.0, None, None, "triton")
 
 
 # --------------------------------------------------------------------------------------------------------------------

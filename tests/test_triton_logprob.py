@@ -48,7 +48,7 @@ def test_cpu_tensors_need_the_interpreter():
 def test_default_backend_on_cuda():
     for dtype, expected in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
         x = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
-        assert ops._triton_or_reference("linear_logprob", None, x) == expected
+        assert ops.dispatch.triton_or_reference("linear_logprob", None, x) == expected
 
 
 def head(rng, N, H, V, dtype=torch.float32, spread=1.0):
@@ -131,7 +131,7 @@ def small_blocks(monkeypatch):
 
     def use(rows, columns, keep_bytes=256 << 20):
         monkeypatch.setattr(configs, "LINEAR_LOGPROB", configs.LogitBlocks(rows, columns, rows * columns))
-        monkeypatch.setattr(ops, "_KEEP_BYTES", keep_bytes)
+        monkeypatch.setattr(ops.head, "_KEEP_BYTES", keep_bytes)
 
     torch.use_deterministic_algorithms(True)
     yield use
@@ -173,7 +173,7 @@ def test_features_pairwise(case, small_blocks):
 @pytest.mark.parametrize("regime", ["no_grad", "frozen_head", "trained_head"])
 def test_shipped_blocks(regime, keep_bytes, monkeypatch):
     """A vocabulary of two blocks, odd, with padding behind what is kept."""
-    monkeypatch.setattr(ops, "_KEEP_BYTES", keep_bytes)
+    monkeypatch.setattr(ops.head, "_KEEP_BYTES", keep_bytes)
     compare(*head(np.random.default_rng(2), 20, 16, 50257, torch.float16, spread=3.0)[:3], regime=regime)
 
 
@@ -273,9 +273,9 @@ def test_opcheck_and_one_graph(small_blocks):
         (trained, all_options, "trained_head", 64),
     ):
         arguments = (hidden, matrix, labels, *options, regime, keep, "triton")
-        torch.library.opcheck(ops._linear_logprob, arguments)
+        torch.library.opcheck(ops.head._linear_logprob, arguments)
     constants = (hidden.detach(), weight, labels, *plain, "no_grad", 0, "triton")
-    torch.library.opcheck(ops._linear_logprob, constants, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops.head._linear_logprob, constants, test_utils=("test_schema", "test_faketensor"))
     for trained in (False, True):
         inputs = [hidden, weight.detach().requires_grad_(trained)]
         step = lambda h, w: linear_logprob(h, w, labels, softcap=3.0, backend="triton")  # noqa: E731
@@ -288,7 +288,7 @@ def test_opcheck_and_one_graph(small_blocks):
 @interpreted
 def test_regimes_are_logged_once_each(caplog):
     hidden, weight, labels, _ = head(np.random.default_rng(8), 3, 8, 50)
-    ops._log_regime.cache_clear()
+    ops.head._log_regime.cache_clear()
     with caplog.at_level("INFO", "sami_fast.ops"):
         for _ in range(2):
             for regime in ("no_grad", "frozen_head", "trained_head"):
@@ -444,7 +444,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     @pytest.mark.parametrize("shape", [(1, 64, 1), (340, 128, 32000), (5000, 96, 50257), (333, 64, 128256)])
     def test_against_oracle(self, shape, dtype, regime, keep_bytes, monkeypatch):
-        monkeypatch.setattr(ops, "_KEEP_BYTES", keep_bytes)
+        monkeypatch.setattr(ops.head, "_KEEP_BYTES", keep_bytes)
         N, H, V = shape
         tensors = [t.cuda() for t in head(np.random.default_rng(11), N, H, V, dtype, spread=3.0)]
         compare(*tensors, regime=regime, logit_scale=0.5, softcap=30.0)
@@ -457,7 +457,7 @@ class TestOnGpu:
         check_differences("triton", dtype, V, shape, device="cuda")
 
     def test_default_is_triton_but_for_float64(self, caplog):
-        ops._log_regime.cache_clear()
+        ops.head._log_regime.cache_clear()
         hidden, weight, labels, _ = (t.cuda() for t in head(np.random.default_rng(12), 3, 16, 100))
         with caplog.at_level("INFO", "sami_fast.ops"):
             linear_logprob(hidden, weight, labels)
@@ -470,7 +470,7 @@ class TestOnGpu:
         rng = np.random.default_rng(13)
         hidden, weight, labels, _ = (t.cuda() for t in head(rng, N, H, V, torch.bfloat16))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ops, "_KEEP_BYTES", 6 << 30)
+            patch.setattr(ops.head, "_KEEP_BYTES", 6 << 30)
             whole = run(linear_logprob, hidden, weight, labels, None, "trained_head", torch.ones(N).cuda())
         last = slice(N - 100, N)
         part = run(linear_logprob, hidden[last], weight, labels[last], None, "trained_head", torch.ones(100).cuda())

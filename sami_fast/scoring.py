@@ -89,16 +89,15 @@ class _Head:
 
     def weight(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias in the dtype of the hidden states, which autocast may have narrowed."""
-        weight, bias = self.module.weight, self.module.bias
-        if hasattr(weight, "full_tensor"):
-            raise ValueError("model: the output embedding is sharded (DTensor); gather it before scoring")
-        return weight.to(hidden.dtype), bias
+        return self.module.weight.to(hidden.dtype), self.module.bias
 
 
 def _find_head(model: nn.Module) -> _Head:
     module = model.get_output_embeddings()
     if module is None:
         raise UnsupportedModelError(f"model: {type(model).__name__} has no output embeddings, so it is no causal LM")
+    if hasattr(getattr(module, "weight", None), "full_tensor"):
+        raise ValueError("model: the output embedding is sharded (DTensor); gather it before scoring")
     config = model.config.get_text_config(decoder=True)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)

@@ -276,6 +276,20 @@ def test_virtual_tokens_are_refused(method):
         score(peft.get_peft_model(tiny_model(dtype=torch.float32), config), pack(two_trees()))
 
 
+def test_a_sharded_head_is_refused_by_name(tmp_path):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = tiny_model(tie_word_embeddings=False)
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match=r"output embedding is sharded \(DTensor\)"):
+            score(model, pack(two_trees()))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_parallel_wrapper_is_looked_through():
     model, packed = tiny_model(), pack(two_trees())
     assert_exact(score(nn.DataParallel(model), packed).token_logprobs, score(model, packed).token_logprobs)

@@ -25,6 +25,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(find_suites())} (all of them)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small cases only, few runs")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     parser.add_argument("--budget", type=float, default=3600.0, metavar="SECONDS", help="for each suite (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/benchmarks", metavar="DIR")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU (%(default)s)")
@@ -60,6 +61,7 @@ def main() -> int:
     settings = Settings(
         device=options.device,
         quick=options.quick,
+        only=options.only,
         budget=options.budget,
         threads=options.threads,
         memory_limit=limit,

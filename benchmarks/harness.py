@@ -28,6 +28,7 @@ def run_suite(suite: Suite, settings: Settings, on_result: Callable[[dict], None
     """Every arm on every case and pass; returns the record, which `on_result` sees after every measurement."""
     begin = time.perf_counter()
     cases = [case for case in suite.cases(settings) if case.quick or not settings.quick]
+    cases = [case for case in cases if settings.only in case.name]
     if not cases:
         raise ValueError(f"suite {suite.name}: expected at least one case for {settings}, got none")
     torch.set_num_threads(settings.threads)
@@ -135,10 +136,10 @@ def _public(settings: Settings) -> dict[str, Any]:
 
 
 def record_name(record: Mapping[str, Any]) -> str:
-    """Stem of the record's files, and what the README's markers say: `SUITE-cpu` or `SUITE-GPU`."""
-    if record["settings"]["device"] == "cpu":
-        return f"{record['suite']}-cpu"
-    return f"{record['suite']}-{re.sub('[^a-z0-9]+', '-', record['environment']['device'].lower()).strip('-')}"
+    """Stem of the record's files, and what the README's markers say: `SUITE[-ONLY]-cpu` or `SUITE[-ONLY]-GPU`."""
+    device = "cpu" if record["settings"]["device"] == "cpu" else record["environment"]["device"]
+    parts = (record["suite"], record["settings"].get("only", ""), device)
+    return "-".join(re.sub("[^a-z0-9_]+", "-", part.lower()).strip("-") for part in parts if part)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

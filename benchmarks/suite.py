@@ -30,6 +30,7 @@ class Settings:
     Attributes:
         device: "cpu" or "cuda".
         quick: only the cases marked quick, and fewer runs.
+        only: the cases whose name contains it; their record has a name of its own.
         budget: seconds after which no measurement is begun, and a running one in a process of its own is ended.
         threads: of PyTorch on the CPU.
         memory_limit: bytes that a CPU arm in a process of its own may allocate; None does not limit it.
@@ -39,6 +40,7 @@ class Settings:
 
     device: str = "cpu"
     quick: bool = False
+    only: str = ""
     budget: float = 3600.0
     threads: int = field(default_factory=torch.get_num_threads)
     memory_limit: float | None = None

@@ -12,7 +12,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/ is not installed
 
 from benchmarks import report, tables
-from benchmarks.harness import run_suite, write_record
+from benchmarks.harness import record_name, run_suite, write_record
 from benchmarks.suite import PASSES, Arm, Case, Prepared, Settings, Suite, find_suites, load_suite
 
 LIMIT = 4e9
@@ -87,6 +87,14 @@ def _killed(x, backward):
 
 def _by_arm(record, pass_name="forward"):
     return {result["arm"]: result for result in record["results"] if result["pass"] == pass_name}
+
+
+def test_some_cases_make_a_record_of_another_name():
+    record = run_suite(TOY, replace(SETTINGS, quick=False, only="small"))
+    assert {result["case"] for result in record["results"]} == {"small"}
+    assert record_name(record) == "toy-small-cpu"
+    with pytest.raises(ValueError, match="expected at least one case"):
+        run_suite(TOY, replace(SETTINGS, only="medium"))
 
 
 def test_outcomes_and_record(tmp_path):

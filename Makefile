@@ -59,7 +59,7 @@ gpu: $(VENV)/.installed  ## On a machine with CUDA: the tests that need it, then
 bench: $(VENV)/.installed  ## Run the benchmarks
 	$(BIN)/python -m benchmarks $(BENCH)
 
-aot: $(VENV)/.installed  ## Compile every shipped Triton configuration for sm_90 and sm_80, without a GPU, and check it
+aot: $(VENV)/.installed  ## Compile every Triton configuration and csrc/ for sm_90 and sm_80, without a GPU, and check them
 	$(BIN)/python -m benchmarks.aot
 
 clean:  ## Remove what builds and tools left; the virtual environment stays

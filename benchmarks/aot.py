@@ -1,9 +1,10 @@
-"""Ahead-of-time gate: compile every shipped kernel of attention and head for sm_90 and sm_80, with no GPU present.
+"""Ahead-of-time gate: compile every shipped kernel for sm_90 and sm_80, with no GPU present.
 
     python -m benchmarks.aot [--jobs 2] [--only "sm_90 bf16 128"]
 
 Checked from PTX and from what ptxas reports: no spilled bytes, shared memory within the limit, and in every loop that
 multiplies matrices asynchronous copies and, for 16-bit types on sm_90, `wgmma` that the assembler did not serialise.
+Where nvcc is on the PATH, the kernels of csrc/ too: no spilled bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import contextlib
 import io
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sami_fast.kernels import configs, linear_logprob
+from benchmarks.suite import ROOT
+from sami_fast.kernels import configs, linear_logprob, segment_infonce
 from sami_fast.kernels import prefix_attention as kernels
 
 # Bytes of shared memory a program may use. Pointer configurations also serve sm_86, sm_89 and sm_120.
@@ -68,10 +72,33 @@ class HeadCase:
 
 
 @dataclass(frozen=True)
+class InfonceCase:
+    """Of InfoNCE in Triton: groups of at most `side` x `side`."""
+
+    architecture: int
+    side: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"sm_{self.architecture} {_TYPES[self.dtype]} infonce {self.side} x {self.side}"
+
+
+@dataclass(frozen=True)
+class ExtensionCase:
+    """A source of csrc/, for an architecture as nvcc names it."""
+
+    architecture: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"sm_{self.architecture} {self.source}"
+
+
+@dataclass(frozen=True)
 class Report:
     """One compiled kernel; `loops` lists (matrix instructions, asynchronous copies) of each loop that multiplies."""
 
-    case: Case | HeadCase
+    case: Case | HeadCase | InfonceCase | ExtensionCase
     kernel: str
     launch: str
     loads: str
@@ -85,8 +112,8 @@ class Report:
     failures: list[str] = field(default_factory=list)
 
 
-def cases() -> Iterator[Case | HeadCase]:
-    """Every shipped configuration, with and without options; head sizes between powers of two share the larger's."""
+def cases() -> Iterator[Case | HeadCase | InfonceCase]:
+    """Every shipped Triton configuration, with and without options; head sizes share those of the next power of two."""
     for architecture in (90, 80):
         for D, DV in ((64, 64), (128, 128), (256, 256), (192, 128)):
             yield Case(architecture, torch.bfloat16, D, DV)
@@ -102,12 +129,22 @@ def cases() -> Iterator[Case | HeadCase]:
             yield HeadCase(architecture, torch.bfloat16, rows, vocabulary, options=True)
         yield HeadCase(architecture, torch.float32, 300, 128256, options=True)
         yield HeadCase(architecture, torch.float16, 300, 128256)
+        for side in (2, 4, 8, 16, 64):
+            yield InfonceCase(architecture, side)
 
 
-def calls(case: Case | HeadCase, T: int = 64) -> list[configs.Call]:
+def extension_cases() -> list[ExtensionCase]:
+    """Every source of csrc/ for Hopper and A100; none where there is no nvcc."""
+    sources = sorted(path.name for path in (ROOT / "csrc").glob("*.cu")) if shutil.which("nvcc") else []
+    return [ExtensionCase(architecture, source) for architecture in ("90a", "80") for source in sources]
+
+
+def calls(case: Case | HeadCase | InfonceCase, T: int = 64) -> list[configs.Call]:
     """The launches of a forward and a backward over T tokens (a head: over its rows), on tensors without memory."""
     if isinstance(case, HeadCase):
         return _head_calls(case)
+    if isinstance(case, InfonceCase):
+        return [_infonce_call(case)]
     Hkv = 2
     D, DV, Hq = case.head_dim, case.value_dim, Hkv * case.group
     shapes = (Hq, D), (Hkv, D), (Hkv, DV), (Hq, DV)
@@ -141,6 +178,17 @@ def _head_calls(case: HeadCase) -> list[configs.Call]:
             outputs = linear_logprob.linear_logprob_forward(*head, *options, regime, keep_columns)
         linear_logprob.linear_logprob_backward(outputs[0], *head, *outputs, *options)
     return launches
+
+
+def _infonce_call(case: InfonceCase) -> configs.Call:
+    """One group."""
+    kernel = segment_infonce._segment_infonce_kernel
+    options = segment_infonce.launch_options(case.side, case.side)
+    constants = {"MEAN": True} | {name: options.pop(name) for name in ("BLOCK_C", "BLOCK_R", "BLOCK_T")}
+    dtypes = dict.fromkeys(kernel.arg_names, case.dtype)
+    dtypes |= {"offsets": torch.int64, "table": torch.int32, "positives": torch.int64}
+    tensors = {name: torch.empty(1, dtype=dtype, device="meta") for name, dtype in dtypes.items()}
+    return configs.Call(kernel, (1,), tensors | constants, options)
 
 
 def _distinct(launches: list[configs.Call]) -> list[configs.Call]:
@@ -205,24 +253,74 @@ def _loops(ptx: str, matrix: re.Pattern) -> list[tuple[int, int]]:
     return found
 
 
-def check(case: Case | HeadCase) -> list[Report]:
-    """Compile the launches of a case and say what is wrong with each."""
+def _spilled(log: str) -> int:
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+
+
+def _check_extension(case: ExtensionCase) -> list[Report]:
+    """Every kernel of a source, compiled as CMakeLists.txt has it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", f"-arch=sm_{case.architecture}", "-Xptxas", "-v", "-cubin"]
+        command += ["-o", f"{folder}/kernels.cubin", str(ROOT / "csrc" / case.source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{case}: {done.stderr}")
+    return _read_ptxas(case, done.stderr)
+
+
+def _read_ptxas(case: ExtensionCase, log: str) -> list[Report]:
+    """A report for each kernel that ptxas speaks of."""
     reports = []
-    for call in calls(case) if isinstance(case, Case) else _distinct(calls(case)):
+    for name, said in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", log, re.DOTALL):
+        kernel, arguments = re.search(r"\d([a-z][a-z_]*)_kernel(\w*?)EEv", name).groups()  # _ZN...I<arguments>EEv...
+        shared = re.search(r"(\d+) bytes smem", said)
+        report = Report(
+            case=case,
+            kernel=kernel,
+            launch=_template_arguments(arguments),
+            loads="pointers",
+            registers=int(re.search(r"Used (\d+) registers", said)[1]),
+            spilled=_spilled(said),
+            shared=int(shared[1]) if shared else 0,
+            wgmma=0,
+            mma=0,
+            serialised=False,
+            loops=[],
+        )
+        if report.spilled:
+            report.failures.append("spills")
+        reports.append(report)
+    if not reports:
+        raise RuntimeError(f"{case}: expected kernels in the output of ptxas, got {log!r}")
+    return reports
+
+
+def _template_arguments(mangled: str) -> str:
+    """`IlLi8E` -> `int64, 8`."""
+    types = {"i": "int32", "l": "int64"}
+    return ", ".join(number or types[letter] for number, letter in re.findall(r"Li(\d+)E?|([il])", mangled))
+
+
+def check(case: Case | HeadCase | InfonceCase | ExtensionCase) -> list[Report]:
+    """Compile the launches of a case and say what is wrong with each."""
+    if isinstance(case, ExtensionCase):
+        return _check_extension(case)
+    reports = []
+    for call in _distinct(calls(case)) if isinstance(case, HeadCase) else calls(case):
         compiled, log = _compile(call, case.architecture)
         ptx = compiled.asm["ptx"]
-        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+        spilled = _spilled(log)
         name = call.kernel.__name__.strip("_").removesuffix("_kernel")
         if name == "grad_kv":
             name = "grad_" + "".join(x for x in "kv" if call.arguments[f"grad_{x}"] is not None)
         half = case.dtype != torch.float32
         multiplies = isinstance(case, Case) and name != "row_statistics"
         loads = "descriptors" if call.arguments.get("DESCRIPTORS") else "pointers"
-        blocks = [str(call.arguments[b]) for b in ("BLOCK_M", "BLOCK_N", "BLOCK_V") if b in call.arguments]
+        blocks = [str(call.arguments[f"BLOCK_{b}"]) for b in "MNVCRT" if f"BLOCK_{b}" in call.arguments]
         report = Report(
             case=case,
             kernel=name,
-            launch=f"{'x'.join(blocks)} w{call.options['num_warps']} s{call.options['num_stages']}",
+            launch=f"{'x'.join(blocks)} w{compiled.metadata.num_warps} s{compiled.metadata.num_stages}",
             loads=loads,
             registers=int(re.search(r"Used (\d+) registers", log)[1]),
             spilled=spilled,
@@ -271,10 +369,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not isinstance(kernels._forward_kernel, triton.JITFunction):
         parser.error("TRITON_INTERPRET: expected unset, as interpreted kernels are not compiled")
+    selected = [case for case in (*cases(), *extension_cases()) if options.only in str(case)]
+    if not selected:
+        parser.error(f"--only: expected text that a case's name contains, got {options.only!r}")
+    if not extension_cases():
+        print("csrc/: not compiled, as there is no nvcc on the PATH")
     print(f"triton {triton.__version__}\n{_HEADER}", flush=True)
     failed = total = 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for reports in pool.map(check, [case for case in cases() if options.only in str(case)]):
+        for reports in pool.map(check, selected):
             for report in reports:
                 print(line(report), flush=True)
                 failed += bool(report.failures)

@@ -35,6 +35,38 @@ def test_shipped_kernels_compile_to_good_code(architecture, dtype, sizes, option
         assert not report.failures, aot.line(report)
 
 
+@pytest.mark.parametrize("side", [4, 64])
+def test_shipped_infonce_kernel_does_not_spill(side):
+    from benchmarks import aot
+
+    case = aot.InfonceCase(80, side)
+    assert case in set(aot.cases())
+    (report,) = aot.check(case)
+    assert report.kernel == "segment_infonce" and not report.failures, aot.line(report)
+
+
+def test_registers_of_the_extension_are_read():
+    from benchmarks import aot
+
+    case = aot.ExtensionCase("90a", "segment_infonce.cu")
+    if aot.extension_cases():
+        assert case in aot.extension_cases()
+        reports = aot.check(case)
+        assert {report.launch for report in reports} == {f"int{n}, {lanes}" for n in (32, 64) for lanes in (8, 32)}
+        for report in reports:
+            assert report.registers > 0 and not report.failures, aot.line(report)
+    log = (
+        "ptxas info    : Compiling entry function '_ZN9sami_fast10row_kernelIlLi32EEEvPf' for 'sm_80'\n"
+        "    24 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info    : Used 64 registers, used 1 barriers, 512 bytes smem\n"
+    )
+    (report,) = aot._read_ptxas(case, log)
+    assert (report.kernel, report.launch, report.registers, report.shared) == ("row", "int64, 32", 64, 512)
+    assert report.spilled == 12 and report.failures == ["spills"]
+    with pytest.raises(RuntimeError, match="expected kernels"):
+        aot._read_ptxas(case, "")
+
+
 def test_every_configuration_is_among_the_cases():
     from benchmarks import aot
     from sami_fast.kernels import configs

@@ -72,6 +72,8 @@ The whole of SAMI: queries, constitutions, responses, training and evaluation, f
   iterations:     {count: 3, queries: 2000, held_out: 128, start: base}               # or previous
   training:       {learning_rate: 5e-7, save_steps: 32}
   evaluation:     {queries: 64}
+  judge:          {model: bundled}                  # optional: asked about each iteration against the model as it came;
+                                                    # or endpoint: {model: ..., base_url: ...}, key in OPENAI_API_KEY
 
   sami-fast run config.yaml
   sami-fast run config.yaml iterations.count=4 output=runs/longer
@@ -275,6 +277,7 @@ def _score(options: argparse.Namespace) -> None:
 
     from sami_fast.config import DataConfig, ModelConfig, build, load_model
     from sami_fast.data import GroupDataset, PromptTemplate, load_examples
+    from sami_fast.evaluate_command import print_intervals
     from sami_fast.evaluation import score_groups, summarize
     from sami_fast.report import draw_heat_maps, write_json_lines
     from sami_fast.scoring import check_model
@@ -293,7 +296,7 @@ def _score(options: argparse.Namespace) -> None:
     packing = {key: config[key] for key in ("max_tokens", "normalize") if key in config}
     rows = track(score_groups(model, groups, **packing), "scoring", total=len(groups), console=Console(stderr=True))
     results = list(rows)
-    _print_intervals(f"{len(results)} groups, {model_config.name}", summarize(results))
+    print_intervals(f"{len(results)} groups, {model_config.name}", summarize(results))
     if config.get("output"):
         write_json_lines(config["output"], [result.as_json() for result in results])
     if config.get("heat_map"):
@@ -301,98 +304,15 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from sami_fast.config import ModelConfig
+    from sami_fast.evaluate_command import evaluate
 
-    forms = (("model", "data"), ("responses", "against", "judge"))
-    given = [[name for name in form if getattr(options, name) is not None] for form in forms]
-    chosen = [form for form, names in zip(forms, given, strict=True) if len(names) == len(form)]
-    if len(chosen) != 1 or sum(map(bool, given)) != 1:
-        got = ", ".join(f"--{name}" for names in given for name in names) or "neither"
-        raise ValueError(f"expected --model and --data, or --responses, --against and --judge, got {got}")
-    name = options.model if chosen[0] == forms[0] else options.judge
-    is_url = name.startswith(("http://", "https://"))
-    if is_url != (options.judge_model is not None):
-        raise ValueError(f"--judge-model: expected one exactly with a URL, got {options.judge_model!r} with {name!r}")
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit: expected at least 1, got {options.limit}")
-    if is_url:
-        config = None
-    else:
-        config = ModelConfig(name, options.dtype, options.device, options.adapter)
-    if chosen[0] == forms[0]:
-        _evaluate_groups(options, config)
-    else:
-        _evaluate_responses(options, config)
-
-
-def _evaluate_groups(options: argparse.Namespace, model_config) -> None:
-    from rich.console import Console
-    from rich.progress import track
-
-    from sami_fast.config import load_model
-    from sami_fast.data import GroupDataset, PromptTemplate, load_examples
-    from sami_fast.evaluation import score_groups, summarize, summarize_lengths
-    from sami_fast.report import write_json
-    from sami_fast.scoring import check_model
-
-    template = PromptTemplate.load(options.template or "query_first")
-    examples = load_examples(options.data, limit=options.limit)
-    model, tokenizer = load_model(model_config)
-    check_model(model)
-    groups = GroupDataset.from_examples(examples, tokenizer, template).groups
-    rows = score_groups(model, groups, max_tokens=options.max_tokens)
-    results = list(track(rows, "scoring", total=len(groups), console=Console(stderr=True)))
-    metrics = summarize(results) | {"response_tokens": summarize_lengths(groups)}
-    _print_intervals(f"{len(results)} groups, {options.model}", metrics)
-    if options.output:
-        source = {"model": options.model, "adapter": options.adapter, "data": options.data, "template": template.name}
-        write_json(options.output, source | {"groups": len(groups)} | metrics)
-
-
-def _evaluate_responses(options: argparse.Namespace, model_config) -> None:
-    from sami_fast.config import load_model
-    from sami_fast.endpoint import Endpoint
-    from sami_fast.judge import EndpointJudge, LocalJudge, compare_files
-    from sami_fast.scoring import check_model
-
-    if model_config is None:
-        retrying = dict(timeout=options.timeout, max_retries=options.retries)
-        endpoint = Endpoint(options.judge_model, options.judge, **retrying)
-        sampling = dict(max_tokens=options.answer_tokens, temperature=options.temperature)
-        judge = EndpointJudge(endpoint, concurrency=options.concurrency, **sampling)
-    else:
-        model, tokenizer = load_model(model_config)
-        check_model(model)
-        name = options.judge if options.adapter is None else f"{options.judge} with {options.adapter}"
-        judge = LocalJudge(model, tokenizer, name, max_tokens=options.max_tokens)
-    output = options.output or "win_rate.json"
-    files = (options.responses, options.against)
-    result = compare_files(*files, judge, output, template=options.template, limit=options.limit)
-    names = ("win_rate", "length_controlled", "by_log_odds", "by_log_odds_length_controlled", "consistency")
-    names += ("first_position",)
-    title = f"{options.responses} against {options.against}, by {judge.settings['judge']}"
-    _print_intervals(title, {name: result[name] for name in names if result[name] is not None})
-    counts = ("pairs", "wins", "losses", "ties", "identical", "questions", "unreadable")
-    print(", ".join(f"{name} {result[name]}" for name in counts))
-    print(f"all of it in {output}")
+    evaluate(options)
 
 
 def _report(options: argparse.Namespace) -> None:
     from sami_fast.run_report import write_run_report
 
     print(write_run_report(options.folder))
-
-
-def _print_intervals(title: str, metrics: dict[str, dict[str, float]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for heading in ("metric", "mean", "95 % interval"):
-        table.add_column(heading)
-    for name, numbers in metrics.items():
-        table.add_row(name, f"{numbers['mean']:.4f}", f"{numbers['low']:.4f} to {numbers['high']:.4f}")
-    Console().print(table)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -34,9 +34,13 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        choices = ("auto", "float32", "bfloat16", "float16")
-        if self.dtype not in choices:
-            raise ValueError(f"model.dtype: expected one of {', '.join(choices)}, got {self.dtype!r}")
+        _check_dtype("model.dtype", self.dtype)
+
+
+def _check_dtype(name: str, value: Any) -> None:
+    choices = ("auto", "float32", "bfloat16", "float16")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 @dataclass
@@ -225,6 +229,43 @@ class EvaluationConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """Who compares each iteration's responses with those of the model as it came: one of `model` and `endpoint`.
+
+    Args:
+        model: folder or hub name of a causal LM, or "bundled"; runs where the run's model does.
+        endpoint: arguments of `sami_fast.endpoint.Endpoint`, `{model: gpt-4.1, base_url: ...}`.
+        template: letter, reasoned or a text file; None is letter for a model, reasoned for an endpoint.
+        max_pairs: ask about so many pairs; None asks about all.
+        dtype, max_tokens: of the model; packed tokens of one forward pass.
+        answer_tokens, temperature, concurrency: of the endpoint; most tokens of an answer, questions in flight.
+    """
+
+    model: str | None = None
+    endpoint: dict[str, Any] | None = None
+    template: str | None = None
+    max_pairs: int | None = None
+    dtype: str = "auto"
+    max_tokens: int = 16384
+    answer_tokens: int = 400
+    temperature: float = 0.0
+    concurrency: int = 8
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.endpoint is None):
+            raise ValueError(f"judge: expected either model or endpoint, got {self.model!r}, {self.endpoint!r}")
+        if self.model is not None and not (isinstance(self.model, str) and self.model):
+            raise ValueError(f"judge.model: expected a folder or name, got {self.model!r}")
+        for name in ("max_pairs", "max_tokens", "answer_tokens", "concurrency"):
+            value = getattr(self, name)
+            if (type(value) is not int or value < 1) and not (name == "max_pairs" and value is None):
+                raise ValueError(f"judge.{name}: expected an int of at least 1, got {value!r}")
+        if type(self.temperature) not in (int, float) or self.temperature < 0:
+            raise ValueError(f"judge.temperature: expected a number of at least 0, got {self.temperature!r}")
+        _check_dtype("judge.dtype", self.dtype)
+
+
+@dataclass
 class RunConfig:
     """A whole run of SAMI, see `sami_fast.pipeline`; each attribute is a section of the YAML file.
 
@@ -233,6 +274,7 @@ class RunConfig:
         seed: of every draw: slices, constitutions, responses, training.
         training: arguments of `SamiConfig`; the run sets output_dir and seed.
         lora: arguments of `peft.LoraConfig`; None trains all weights.
+        judge: None asks no judge.
     """
 
     output: str
@@ -245,6 +287,7 @@ class RunConfig:
     evaluation: EvaluationConfig
     training: dict[str, Any]
     lora: dict[str, Any] | None
+    judge: JudgeConfig | None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -272,7 +315,9 @@ class RunConfig:
         built = {name: build(section, name, values.get(name) or {}) for name, section in sections.items()}
         training = {key: _number(value) for key, value in (values.get("training") or {}).items()}
         lora = dict(values["lora"] or {}) if "lora" in values else None
-        return cls(output=values["output"], seed=values.get("seed", 0), training=training, lora=lora, **built)
+        judge = None if values.get("judge") is None else build(JudgeConfig, "judge", values["judge"])
+        own = dict(output=values["output"], seed=values.get("seed", 0), training=training, lora=lora, judge=judge)
+        return cls(**own, **built)
 
 
 def read_config(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -335,6 +380,7 @@ def _resolve_files(values: dict[str, Any], folder: Path) -> None:
         ("task", "generation_template"),
         ("constitutions", "principles"),
         ("constitutions", "pairs"),
+        ("judge", "template"),
     ):
         part = values.get(section)
         name = part.get(key) if isinstance(part, dict) else None

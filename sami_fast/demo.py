@@ -31,6 +31,7 @@ from sami_fast.report import (
 from sami_fast.run_results import read_scores
 from sami_fast.scoring import score
 from sami_fast.stages import outputs_digest, read_manifest
+from sami_fast.win_rate import SHARES
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ _RULES = {
     "generation": "the model answers fresh queries",
     "training": "training with SAMI on its own answers",
     "evaluation": "held-out mutual information",
+    "judge": "a judge compares responses with those before training",
 }
 
 
@@ -72,6 +74,8 @@ def run_demo(
     if steps is not None:
         overrides += [f"training.max_steps={steps}", f"training.eval_steps={max(1, steps // 2)}"]
     config = read_run_config(str(RECIPES / recipe / "config.yaml"), overrides)
+    if config.judge is not None and config.judge.model == config.model.name:  # it judges itself, whichever it is
+        config.judge.model = model_name or config.judge.model
     config.model.name = model_name or config.model.name
     config.output = str(output or config.output)
     console = Console()
@@ -85,6 +89,9 @@ def run_demo(
         console.rule("the tree against running every sequence whole")
         speed = _speed(pipeline)
     metrics = _metrics(folder, pipeline.config.model.name, config.iterations.count, speed)
+    if pipeline.judge is not None:
+        parts = [folder / f"iteration-{number}" for number in range(1, config.iterations.count + 1)]
+        metrics["win_rates"] = [_read(part / "judge" / "win_rate.json") for part in parts]
     _report(folder, metrics, config.iterations.count)
     _print(console, metrics, folder)
     return metrics
@@ -236,6 +243,8 @@ def _print(console: Console, metrics: dict[str, Any], output: Path) -> None:
         cells = [column[name] for column in columns.values()]
         table.add_row(name, *(f"{cell['mean']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})" for cell in cells))
     console.print(table)
+    if win_rates := metrics.get("win_rates"):
+        _print_win_rates(console, win_rates)
     speed, tokens = metrics["speed"], metrics["tokens"]
     console.print(
         f"tokens: {tokens['whole']} in whole sequences, {tokens['packed']} in the tree ({tokens['ratio']:.1f}x fewer)\n"
@@ -244,3 +253,19 @@ def _print(console: Console, metrics: dict[str, Any], output: Path) -> None:
         f"{speed['largest_difference']:.1e} nats\n"
         f"took {metrics['seconds']:.0f} s; report in {output}/"
     )
+
+
+def _print_win_rates(console: Console, win_rates: Sequence[dict[str, Any]]) -> None:
+    """What the judge says of each iteration against iteration 0, and how far its word goes."""
+    judge = win_rates[0]["judge"]["judge"]
+    table = Table(title=f"responses against those before training, by {judge}: mean (95 % interval)")
+    for heading in ("share", *(f"iteration {number}" for number in range(1, len(win_rates) + 1))):
+        table.add_column(heading)
+    for name, label in SHARES.items():
+        cells = [win_rate[name] for win_rate in win_rates]
+        if any(cells):
+            texts = (f"{cell['mean']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})" if cell else "-" for cell in cells)
+            table.add_row(label, *texts)
+    for name in ("pairs", "identical", "questions", "unreadable"):
+        table.add_row(name, *(str(win_rate[name]) for win_rate in win_rates))
+    console.print(table)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
+
+from sami_fast.config import check_keys
 
 
 class EndpointError(RuntimeError):
     """An endpoint gave no answer; the message names the model and the reason."""
+
+
+class NoAnswerError(EndpointError):
+    """An endpoint answered without text: a content filter, or all tokens spent on thoughts."""
 
 
 class Endpoint:
@@ -58,11 +66,25 @@ class Endpoint:
         # OpenAI's newer models refuse the older name, most other servers know no other.
         self._limit = "max_completion_tokens" if self._client.base_url.host == "api.openai.com" else "max_tokens"
 
+    @classmethod
+    def from_config(cls, section: str, values: Any) -> Endpoint:
+        """From the section of a configuration with `model` and, if wanted, the other arguments of the class.
+
+        Raises:
+            ValueError: the section is no mapping, or has an unknown key or a wrong value.
+            EndpointError: as in the class.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{section}: expected a section of keys, got {values!r}")
+        check_keys(section, values, ("model", "base_url", "api_key_env", "timeout", "max_retries"))
+        return cls(**{"model": "", **values})
+
     def complete(self, prompt: str, *, max_tokens: int, temperature: float, seed: int | None = None) -> str:
         """The answer to one user message.
 
         Raises:
-            EndpointError: no answer after all retries, a refusal (such as a bad key), or an answer without text.
+            EndpointError: no answer after all retries, or a refusal (such as a bad key).
+            NoAnswerError: an answer without text.
         """
         import openai
 
@@ -87,11 +109,11 @@ class Endpoint:
         except (AttributeError, IndexError, TypeError):
             raise self._error(f"gave an answer out of form: {_short(answer)}") from None
         if not isinstance(text, str) or not text.strip():
-            raise self._error("gave an answer without text")
+            raise self._error("gave an answer without text", NoAnswerError)
         return text
 
-    def _error(self, reason: str) -> EndpointError:
-        return EndpointError(f"{self.model}: {str(self._client.base_url).rstrip('/')} {reason}")
+    def _error(self, reason: str, kind: type[EndpointError] = EndpointError) -> EndpointError:
+        return kind(f"{self.model}: {str(self._client.base_url).rstrip('/')} {reason}")
 
 
 def _short(value: object) -> str:

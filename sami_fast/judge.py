@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm.auto import tqdm
 
 from sami_fast.data import TEMPLATES, PromptTemplate, prompt_ids, response_ids
+from sami_fast.endpoint import Endpoint, NoAnswerError
 from sami_fast.evaluation import score_groups
 from sami_fast.prefix_tree import Group
 from sami_fast.report import write_json
@@ -30,8 +31,6 @@ from sami_fast.win_rate import Outcome, Pair, load_pairs, summarize_outcomes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from sami_fast.endpoint import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +171,11 @@ class EndpointJudge:
         self.settings = {"judge": endpoint.model, "kind": "endpoint", **self.sampling}
 
     def _ask(self, question: Question) -> Answer:
-        text = self.endpoint.complete(question.prompt, **self.sampling)
+        try:
+            text = self.endpoint.complete(question.prompt, **self.sampling)
+        except NoAnswerError as error:
+            logger.warning("pair %r, order %d: %s, counted as unreadable", question.id, question.order, error)
+            return Answer(None)
         text = text.encode("utf-8", "replace").decode()  # an emoji that was cut in half is no Unicode
         return Answer(parse_choice(text), text)
 
@@ -180,7 +183,7 @@ class EndpointJudge:
         """Answers as they come. After a failure nothing new is asked; what is in flight is still given, then it raises.
 
         Raises:
-            EndpointError: the first failure.
+            EndpointError: the first failure. An answer without text is none: it cannot be read.
         """
         rest, failure = iter(questions), None
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -301,7 +304,7 @@ def judge_pairs(
     bar = tqdm(total=len(questions), initial=done, desc="judging", unit="question", disable=not progress)
     try:
         with bar:
-            for question, answer in judge.answers(open_questions):
+            for question, answer in judge.answers(open_questions) if open_questions else ():
                 row = _verdict(question, answer, judge.settings["judge"])
                 log.append([row])
                 known[question.key] = row

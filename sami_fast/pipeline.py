@@ -10,11 +10,12 @@
         responses/            groups.jsonl: what the filters left
         training/             model/, log.json
         evaluation/           metrics.json, scores.jsonl, responses.jsonl
+        judge/                win_rate.json, win_rate.verdicts.jsonl; where the configuration names a judge
       report/                 report.html
 
 Each folder in `iteration-N` is a stage, see `sami_fast.stages`; so is `queries`. `held_out` in metrics.json is measured
 on the same groups after each iteration, those of iteration 0, and `change` is against iteration 0; `own` is measured on
-the model's own responses to held-out queries.
+the model's own responses to held-out queries. A judge compares those with the ones of iteration 0.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from sami_fast.generation import Generated, filter_responses, iter_responses
 from sami_fast.model_store import ModelStore
 from sami_fast.prefix_tree import pack_within
 from sami_fast.report import read_json_lines, write_json, write_json_lines, write_text
+from sami_fast.run_judge import RunJudge
 from sami_fast.run_results import judge_rows, paired_change, read_scores
 from sami_fast.stages import JsonLinesLog, Run, StageError, digest, outputs_digest, read_manifest
 from sami_fast.tasks import find_task, load_queries
@@ -64,6 +66,7 @@ def run_pipeline(config: RunConfig) -> Path:
 
     Raises:
         ValueError: a setting, file or field that is wrong; most of them before any stage starts.
+        EndpointError: the judge's endpoint failed; what it answered is kept.
         StageError: a stage could not be finished, or another run is at work in the folder.
     """
     pipeline = Pipeline(config)
@@ -78,6 +81,7 @@ class Pipeline:
 
     Raises:
         ValueError: a setting, file or field that is wrong.
+        EndpointError: no key for the judge's endpoint.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -97,6 +101,7 @@ class Pipeline:
         self._training("unused")
         self._lora()
         self.models = ModelStore(config.model)
+        self.judge = None if config.judge is None else RunJudge(config.judge, self.models)
 
     def stages(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """(name, work) of all stages in order; to be worked off in that order, under the run's lock."""
@@ -109,6 +114,8 @@ class Pipeline:
             if number > 0:
                 yield f"{part}/training", lambda number=number: self._train(number)
             yield f"{part}/evaluation", lambda number=number: self._evaluate(number)
+            if number > 0 and self.judge is not None:
+                yield f"{part}/judge", lambda number=number: self._judge(number)
         yield "report", self._report
 
     def _load_template(self, name: str) -> PromptTemplate:
@@ -438,6 +445,13 @@ class Pipeline:
         )
         chosen = [row for row in all_rows if row["id"] in place and row["sample"] == 0]
         return sorted(chosen, key=lambda row: (place[row["id"]], row["constitution"]))
+
+    def _judge(self, number: int) -> None:
+        """The judge's comparison of an iteration's responses to held-out queries with those of iteration 0."""
+        sides = {"responses": f"iteration-{number}/evaluation", "against": "iteration-0/evaluation"}
+        inputs = {side: self._output(stage, "responses.jsonl") for side, stage in sides.items()} | self.judge.inputs()
+        files = [self.run.folder / stage / "responses.jsonl" for stage in sides.values()]
+        self.run.stage(f"iteration-{number}/judge", inputs, lambda folder: self.judge.compare(*files, folder))
 
     def _score(self, name: str, examples: Sequence[Example]) -> list[GroupResult]:
         model, tokenizer = self.models.get(name)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sami_fast.config import ModelConfig, build, check_keys, load_model
+from sami_fast.config import ModelConfig, build, load_model
 from sami_fast.constitutions import Principle, read_principles
 from sami_fast.data import TEMPLATES
 from sami_fast.report import write_json
@@ -147,10 +147,7 @@ def write_from_config(values: Mapping[str, Any]) -> Written:
     if "endpoint" in values:
         from sami_fast.endpoint import Endpoint
 
-        if not isinstance(endpoint := values["endpoint"], Mapping):
-            raise ValueError(f"endpoint: expected a section of keys, got {endpoint!r}")
-        check_keys("endpoint", endpoint, ("model", "base_url", "api_key_env", "timeout", "max_retries"))
-        writer: Writer = Endpoint(**{"model": "", **endpoint})
+        writer: Writer = Endpoint.from_config("endpoint", values["endpoint"])
     else:
         writer = ModelWriter(*load_model(build(ModelConfig, "model", values.get("model", {}))))
     return write_principles(values["output"], writer, values["task"], attributes, **options)

@@ -13,6 +13,8 @@ from typing import Any
 
 from sami_fast.evaluation import GroupResult, mean_intervals
 from sami_fast.report import draw_heat_maps, draw_iterations, draw_training_curve, read_json_lines, write_text
+from sami_fast.stages import outputs_digest, read_manifest
+from sami_fast.win_rate import SHARES
 
 TEMPLATE = Path(__file__).parent / "templates" / "run_report.html"
 _SHOWN_MATRICES = 8
@@ -23,14 +25,6 @@ _LABELS = {
     "column_accuracy": "column accuracy",
     "loss": "loss",
 }
-_SHARES = {
-    "win_rate": "win rate",
-    "length_controlled": "win rate at equal lengths",
-    "by_log_odds": "win rate by log-odds of both orders",
-    "by_log_odds_length_controlled": "win rate by log-odds at equal lengths",
-    "consistency": "both orders agree",
-    "first_position": "won by the response shown first",
-}
 
 
 def write_run_report(folder: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None) -> Path:
@@ -40,8 +34,9 @@ def write_run_report(folder: str | os.PathLike[str], *, output: str | os.PathLik
     the run has not written, or what cannot be read, is listed at the top.
 
     Args:
-        folder: see `sami_fast.pipeline` for what is in it. `iteration-i/evaluation/win_rate.json`, where there is one,
-            is what `sami-fast evaluate` wrote for the responses of that iteration against those of iteration 0.
+        folder: see `sami_fast.pipeline` for what is in it. `iteration-i/judge/win_rate.json` is what the run's judge
+            said; `iteration-i/evaluation/win_rate.json`, where there is one, is what `sami-fast evaluate` wrote for the
+            responses of that iteration against those of iteration 0. Of both, the table over iterations has the former.
         output: where to write; `report/report.html` in the folder when None.
 
     Raises:
@@ -102,11 +97,10 @@ class _Iteration:
         self.scores = files.read(f"{name}/evaluation/scores.jsonl", _scores)
         self.responses = files.read(f"{name}/evaluation/responses.jsonl", _responses) or {}
         self.sampled = files.json(f"{name}/responses/manifest.json", lambda value: dict(value.get("results", {}))) or {}
-        self.log, self.win_rate = None, None
+        self.log, self.win_rates = None, []
         if self.number > 0:
-            hint = " (no judge was asked; sami-fast evaluate writes it)"
             self.log = files.json(f"{name}/training/log.json", lambda rows: [row for row in rows if "step" in row])
-            self.win_rate = files.json(f"{name}/evaluation/win_rate.json", _win_rate, hint)
+            self.win_rates = _win_rates(name, files)
 
     @property
     def limit(self) -> float | None:
@@ -144,8 +138,30 @@ def _responses(path: Path) -> dict[tuple[str, str], dict[str, str]]:
     return {(row["id"], row["constitution"]): row for row in rows}
 
 
+def _win_rates(name: str, files: _Files) -> list[dict[str, Any]]:
+    """What the run's judge said, and what a person had a judge say, of responses that are still there."""
+    found = []
+    own, asked = f"{name}/judge/win_rate.json", f"{name}/evaluation/win_rate.json"
+    if (files.folder / own).exists():
+        if files.read(f"{name}/judge/manifest.json", _is_about_older_responses):
+            files.missing.append(f"{own}: is about responses that the run has made anew since")
+        else:
+            found.append(files.json(own, _win_rate))
+    if (files.folder / asked).exists() or not (files.folder / own).exists():
+        hint = " (no judge was asked; a section judge in a run's configuration does, and sami-fast evaluate)"
+        found.append(files.json(asked, _win_rate, hint))
+    return [win_rate for win_rate in found if win_rate is not None]
+
+
+def _is_about_older_responses(path: Path) -> bool:
+    """Left by a run that had a judge, when a later one in the same folder had none."""
+    evaluation = read_manifest(path.parent.with_name("evaluation"))
+    now = evaluation and "outputs" in evaluation and outputs_digest(evaluation, "responses.jsonl")
+    return read_manifest(path.parent)["inputs"]["responses"] != now
+
+
 def _win_rate(value: Mapping[str, Any]) -> dict[str, Any]:
-    shares = {name: None if value.get(name) is None else _interval(value[name]) for name in _SHARES}
+    shares = {name: None if value.get(name) is None else _interval(value[name]) for name in SHARES}
     counts = {name: int(value[name]) for name in ("pairs", "wins", "losses", "ties", "identical", "unreadable")}
     return {"shares": shares, "counts": counts, "judge": str(value["judge"]["judge"])}
 
@@ -165,7 +181,7 @@ def _overview(runs: Sequence[_Iteration]) -> dict:
     for run in runs:
         held_out, own = (run.metrics.get(part, {}) for part in ("held_out", "own"))
         names = ("mutual_information", "row_accuracy", "column_accuracy")
-        shares = run.win_rate["shares"] if run.win_rate else {}
+        shares = run.win_rates[0]["shares"] if run.win_rates else {}
         cells = [held_out.get(name) for name in names]
         wins = [shares.get(name) for name in ("win_rate", "length_controlled")]
         rows.append([run.number, *cells, own.get("mutual_information"), *wins, run.characters()])
@@ -194,10 +210,10 @@ def _section(run: _Iteration, base: _Iteration | None) -> dict:
         shown = run.scores[:_SHOWN_MATRICES]
         heading = f"Matrices of held-out groups, {len(shown)} of {len(run.scores)}"
         blocks.append(_image(heading, lambda path: draw_heat_maps(path, shown)))
-    if run.win_rate is not None:
-        rows = [[_SHARES[name], share] for name, share in run.win_rate["shares"].items() if share is not None]
-        counts = ", ".join(f"{count} {name}" for name, count in run.win_rate["counts"].items())
-        heading = f"Win rate over the responses of iteration 0, by {run.win_rate['judge']}"
+    for win_rate in run.win_rates:
+        rows = [[SHARES[name], share] for name, share in win_rate["shares"].items() if share is not None]
+        counts = ", ".join(f"{count} {name}" for name, count in win_rate["counts"].items())
+        heading = f"Win rate over the responses of iteration 0, by {win_rate['judge']}"
         blocks.append(_table(heading, ["", ""], rows, note=counts))
     if base is not None and run is not base and run.responses and base.responses:
         blocks.append(_samples(base.responses, run.responses))

@@ -15,6 +15,15 @@ import numpy as np
 
 from sami_fast.report import read_json_lines
 
+# What `summarize_outcomes` gives with intervals, in words.
+SHARES = {
+    "win_rate": "win rate",
+    "length_controlled": "win rate at equal lengths",
+    "by_log_odds": "win rate by log-odds of both orders",
+    "by_log_odds_length_controlled": "win rate by log-odds at equal lengths",
+    "consistency": "both orders agree",
+    "first_position": "won by the response shown first",
+}
 _Z = 1.959963984540054  # normal quantile of a 95 % interval
 _RIDGE = 0.01  # a normal prior of standard deviation 10 on each coefficient: keeps separable data finite
 _DRAWS_AT_ONCE = 1 << 22  # bootstrap draws x pairs held in memory

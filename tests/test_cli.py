@@ -13,6 +13,7 @@ from sami_fast.config import read_config
 from sami_fast.data import GroupDataset, load_examples
 from sami_fast.evaluation import GroupResult, padded_matrix, score_groups, summarize
 from sami_fast.report import draw_heat_maps, draw_training_curve, write_json
+from sami_fast.win_rate import SHARES
 
 WORDS = ["the", "cat", "dog", "sat", "ran", "mat", "hill", "short", "long", "plain", "very", "far", "home", "again"]
 
@@ -23,12 +24,12 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator(WORDS, trainers.WordLevelTrainer(special_tokens=["[UNK]", "<eos>"]))
+    tokenizer.train_from_iterator([*WORDS, "A", "B"], trainers.WordLevelTrainer(special_tokens=["[UNK]", "<eos>"]))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="<eos>")
     fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    config = LlamaConfig(vocab_size=len(fast), num_key_value_heads=2, max_position_embeddings=128, **sizes)
+    config = LlamaConfig(vocab_size=len(fast), num_key_value_heads=2, max_position_embeddings=1024, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
@@ -126,7 +127,8 @@ def test_demo_leaves_its_report(tmp_path, model_folder):
 
 def test_the_long_demo_has_two_iterations_and_is_not_done_twice(tmp_path, model_folder, monkeypatch, capsys):
     arguments = ["demo", "--long", "--model", str(model_folder), "--output", str(tmp_path / "report")]
-    arguments += ["--queries", "15", "--steps", "2"]
+    arguments += ["--queries", "15", "--steps", "2", "--traceback"]
+    monkeypatch.setenv("COLUMNS", "200")  # no broken lines in tables
     assert main(arguments) == 0
     first = (tmp_path / "report/metrics.json").read_text()
     metrics = json.loads(first)
@@ -134,7 +136,13 @@ def test_the_long_demo_has_two_iterations_and_is_not_done_twice(tmp_path, model_
     assert metrics["after"] == metrics["iterations"][1]["held_out"]
     assert {entry["iteration"] for entry in metrics["training"]} == {1, 2}
     assert (tmp_path / "report/mutual_information.png").read_bytes().startswith(b"\x89PNG")
-    assert "iteration 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "iteration 2" in said
+    for name, label in SHARES.items():
+        assert label in said or all(rate[name] is None for rate in metrics["win_rates"])
+    rates = [rate["win_rate"] for rate in metrics["win_rates"]]
+    assert all(f"{r['mean']:.3f} ({r['low']:.3f} to {r['high']:.3f})" in said for r in rates) and len(rates) == 2
+    assert metrics["win_rates"][0]["judge"]["judge"] == str(model_folder), "it judges itself"
     monkeypatch.setattr("sami_fast.pipeline.iter_responses", lambda *_, **__: pytest.fail("generated again"))
     assert main(arguments) == 0
     assert (tmp_path / "report/metrics.json").read_text() == first

@@ -7,7 +7,7 @@ import time
 import pytest
 from openai_server import OpenAIServer
 
-from sami_fast.endpoint import Endpoint, EndpointError
+from sami_fast.endpoint import Endpoint, EndpointError, NoAnswerError
 
 pytest.importorskip("openai")
 
@@ -76,8 +76,12 @@ def test_late_answers():
     ids=repr,
 )
 def test_answers_out_of_form(answer, message):
-    with OpenAIServer(lambda _: answer) as server, pytest.raises(EndpointError, match=f"^small-model: .*{message}"):
+    with (
+        OpenAIServer(lambda _: answer) as server,
+        pytest.raises(EndpointError, match=f"^small-model: .*{message}") as raised,
+    ):
         ask(server)
+    assert raised.type is (NoAnswerError if message == "without text" else EndpointError)
 
 
 def test_nobody_there():

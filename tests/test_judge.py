@@ -166,6 +166,21 @@ def test_a_judge_that_cannot_be_read_makes_ties_that_are_counted(tmp_path):
     assert len(server.requests) == 4, "an answer that cannot be read is an answer"
 
 
+def test_an_answer_without_text_is_unreadable_and_stops_nothing(tmp_path, caplog):
+    def reply(messages):
+        if "Query 0" not in messages[0]["content"]:
+            return brief(messages)
+        return b'{"choices": [{"message": {"role": "assistant", "content": null}, "finish_reason": "content_filter"}]}'
+
+    with OpenAIServer(reply) as server:
+        outcomes = ask(server, make_pairs(2), tmp_path / "v.jsonl")
+        assert [outcome.readable for outcome in outcomes] == [(False, False), (True, True)]
+        assert [outcome.scores for outcome in outcomes] == [(0.5, 0.5), (0, 0)]
+        assert caplog.text.count("gave an answer without text, counted as unreadable") == 2
+        assert ask(server, make_pairs(2), tmp_path / "v.jsonl") == outcomes
+    assert len(server.requests) == 4 and [row["winner"] for row in lines(tmp_path / "v.jsonl")].count(None) == 2
+
+
 def test_half_an_emoji_in_an_answer_is_kept_as_a_question_mark(tmp_path):
     def reply(messages):
         return "It is \ud83d" if "Query 0" in messages[0]["content"] else brief(messages)
@@ -398,6 +413,14 @@ def test_a_local_judge_goes_on_with_half_a_pair(tmp_path, local):
     for outcome, again in zip(outcomes, judge_pairs(make_pairs(4), judge, path, progress=False), strict=True):
         assert outcome.scores == again.scores and np.allclose(outcome.margins, again.margins, atol=1e-5)
     assert len(lines(path)) == 8 and path.read_text().splitlines(keepends=True)[:3] == rows[:3]
+
+
+def test_a_local_judge_with_nothing_left_to_ask(tmp_path, local):
+    path, judge = tmp_path / "v.jsonl", LocalJudge(*local, "tiny", max_tokens=4096)
+    same = [Pair("same", "Query?", None, "Equal.", "Equal.")]
+    assert judge_pairs(same, judge, path, progress=False)[0].identical and not path.exists()
+    first = judge_pairs(make_pairs(1), judge, path, progress=False)
+    assert judge_pairs(make_pairs(1), judge, path, progress=False) == first
 
 
 def test_a_local_judge_refuses_what_it_cannot_read(tmp_path, local):

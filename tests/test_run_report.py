@@ -15,6 +15,7 @@ from sami_fast.cli import main
 from sami_fast.evaluation import GroupResult, summarize
 from sami_fast.report import write_json, write_json_lines, write_text
 from sami_fast.run_report import write_run_report
+from sami_fast.stages import outputs_digest
 from sami_fast.win_rate import Outcome, summarize_outcomes
 
 EVIL = '<script src="https://evil.example/x.js">alert(1)</script><img src=http://evil.example/p.png> & "quoted"'
@@ -161,6 +162,32 @@ def test_what_is_not_there_is_named(run):
     assert "iteration-2/evaluation/metrics.json: cannot be read: KeyError: 'low'" in missing
     assert "iteration-1/evaluation/responses.jsonl" not in missing
     assert "Iteration 2" in reader.words and len(images(reader)) == 1 + 1 + 2 + 1
+
+
+def test_what_the_judge_of_the_run_said(run):
+    """It comes before what a person had another judge say, unless the responses are others by now."""
+    for drawn in [*run.rglob("scores.jsonl"), *run.rglob("log.json")]:
+        drawn.unlink()
+    part = run / "iteration-1"
+    described = {"status": "complete", "outputs": {"responses.jsonl": {"size": 1, "sha256": "ab"}}, "inputs": {}}
+    write_json(part / "evaluation/manifest.json", described)
+    about = {"responses": outputs_digest(described, "responses.jsonl")}
+    write_json(part / "judge/manifest.json", {"status": "complete", "seconds": 2.0, "inputs": about})
+    rates = summarize_outcomes([Outcome(f"q{i}", (50 + i, 60), (1.0, float(i < 7))) for i in range(10)])
+    write_json(part / "judge/win_rate.json", {"judge": {"judge": "the run's own"}, **rates})
+    words = Reader(write_run_report(run)).words
+    assert words.index("iteration 0, by the run's own") < words.index(f"iteration 0, by judge {EVIL}")
+    assert "10 pairs, 7 wins, 0 losses, 3 ties" in words and "10 pairs, 5 wins, 0 losses, 5 ties" in words
+    overview = words[words.index("Over iterations") : words.index("Iteration 0")]
+    low, high = rates["win_rate"]["low"], rates["win_rate"]["high"]
+    assert f"0.850 ({low:.3f} to {high:.3f})" in overview and "iteration-1/judge complete 2.0 s" in words
+    (part / "evaluation/win_rate.json").unlink()
+    assert "no judge was asked" not in Reader(write_run_report(run)).words
+    described["outputs"]["responses.jsonl"]["sha256"] = "cd"
+    write_json(part / "evaluation/manifest.json", described)
+    words = Reader(write_run_report(run)).words
+    assert "iteration-1/judge/win_rate.json: is about responses that the run has made anew since" in words
+    assert "by the run's own" not in words
 
 
 def test_a_run_that_has_only_begun(tmp_path, capsys):

@@ -54,7 +54,7 @@ demo-long: $(VENV)/.demo  ## Run the longer demonstration, two iterations: up to
 
 gpu: $(VENV)/.installed  ## On a machine with CUDA: the tests that need it, then the quick benchmarks
 	$(BIN)/pytest -q -m gpu
-	$(BIN)/python -m benchmarks --device cuda --quick
+	$(BIN)/python -m benchmarks attention logprob infonce step --device cuda --quick --budget 80
 
 bench: $(VENV)/.installed  ## Run the benchmarks
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -833,9 +833,11 @@ def test_command_line(inputs, tmp_path, capsys, monkeypatch):
     assert main(["run", str(tmp_path / "none.yaml")]) == 1
 
 
-def test_recipes_are_valid():
+def test_recipes_are_valid(monkeypatch):
     import sami_fast
 
+    # The judge is the bundled model, which `make test` does not install.
+    monkeypatch.setattr("sami_fast.model_store.ModelStore.positions", lambda store, name: 8192)
     recipes = sorted((Path(sami_fast.__file__).parent / "recipes").glob("*/config.yaml"))
     assert [path.parent.name for path in recipes] == ["demo", "demo_long"]
     for path in recipes:

@@ -14,6 +14,7 @@ import torch
 _SCORE_BYTES = 2 << 20  # one block of attention scores: stays in the caches
 _LOGIT_BYTES = 64 << 20  # one chunk of logits
 _LOGIT_ROWS = 1024  # at most, in a block of logits
+_WIDENED_ROWS = 8192  # of a weight, at a time
 _CACHED_LOGIT_BYTES = 4 << 20  # the same where it should stay in the caches
 _NEG_INF = float("-inf")
 
@@ -317,6 +318,14 @@ def _logit_blocks(num_rows: int, weight: torch.Tensor, itemsize: int, kept: int)
         yield slice(low, min(low + _LOGIT_ROWS, num_rows)), blocks
 
 
+def _widened(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The weight in `dtype`, whole if it is so already: a copy of a whole vocabulary would double its memory."""
+    height = max(len(weight), 1) if weight.dtype == dtype else _WIDENED_ROWS
+    for low in range(0, len(weight), height):
+        at = slice(low, min(low + height, len(weight)))
+        yield at, weight[at].to(dtype)
+
+
 def _logits(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -327,7 +336,10 @@ def _logits(
 ) -> torch.Tensor:
     """[rows, V] softcap(scale * (hidden @ weight.T + bias)), never rounded below the compute dtype."""
     dtype = _compute_dtype(hidden)
-    logits = torch.mm(hidden.to(dtype), weight.to(dtype).t(), out=out)
+    hidden = hidden.to(dtype)
+    logits = hidden.new_empty((len(hidden), len(weight))) if out is None else out
+    for at, vectors in _widened(weight, dtype):
+        torch.mm(hidden, vectors.t(), out=logits[:, at])
     if bias is not None:
         logits.add_(bias)
     if scale != 1.0:
@@ -495,7 +507,10 @@ def linear_kl_backward(
         logp = _log_softmax(logits)
         logp_ref = _log_softmax(_logits(ref_hidden[rows], ref_weight, ref_bias, logit_scale, softcap))
         grad = logp_ref.neg_().add_(logp).sub_(kl[rows, None]).mul_(logp.exp_()).mul_(slope)
-        grad_hidden[rows] = (grad @ weight.to(dtype)).to(hidden.dtype)
+        of_rows = torch.zeros_like(hidden[rows], dtype=dtype)
+        for at, vectors in _widened(weight, dtype):
+            of_rows.addmm_(grad[:, at], vectors)
+        grad_hidden[rows] = of_rows.to(hidden.dtype)
         grad_weight.addmm_(grad.t(), hidden[rows].to(dtype))
         if bias is not None:
             grad_bias.add_(grad.sum(dim=0))

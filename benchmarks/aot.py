@@ -31,8 +31,9 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.suite import ROOT
-from sami_fast.kernels import configs, linear_logprob, segment_infonce
+from sami_fast.kernels import linear_logprob, segment_infonce
 from sami_fast.kernels import prefix_attention as kernels
+from sami_fast.kernels.launch import Call
 
 # Bytes of shared memory a program may use. Pointer configurations also serve sm_86, sm_89 and sm_120.
 SHARED_MEMORY = {"descriptors": 227 << 10, "pointers": 99 << 10}
@@ -139,7 +140,7 @@ def extension_cases() -> list[ExtensionCase]:
     return [ExtensionCase(architecture, source) for architecture in ("90a", "80") for source in sources]
 
 
-def calls(case: Case | HeadCase | InfonceCase, T: int = 64) -> list[configs.Call]:
+def calls(case: Case | HeadCase | InfonceCase, T: int = 64) -> list[Call]:
     """The launches of a forward and a backward over T tokens (a head: over its rows), on tensors without memory."""
     if isinstance(case, HeadCase):
         return _head_calls(case)
@@ -163,7 +164,7 @@ def calls(case: Case | HeadCase | InfonceCase, T: int = 64) -> list[configs.Call
     return [kernels.forward_call(attention, sinks, out, lse), *backward]
 
 
-def _head_calls(case: HeadCase) -> list[configs.Call]:
+def _head_calls(case: HeadCase) -> list[Call]:
     """The launches of the three regimes, a part of the columns kept."""
     H = 4096
     hidden = torch.empty((case.rows, H), dtype=case.dtype, device="meta")
@@ -172,15 +173,15 @@ def _head_calls(case: HeadCase) -> list[configs.Call]:
     bias = torch.empty(case.vocabulary, device="meta") if case.options else None
     head = (hidden, weight, labels, bias)
     options = (0.5, 30.0) if case.options else (1.0, None)
-    launches: list[configs.Call] = []
-    with mock.patch.object(configs.Call, "run", lambda call: launches.append(call)):
+    launches: list[Call] = []
+    with mock.patch.object(Call, "run", lambda call: launches.append(call)):
         for regime, keep_columns in (("no_grad", 0), ("frozen_head", 0), ("trained_head", case.vocabulary // 128 * 64)):
             outputs = linear_logprob.linear_logprob_forward(*head, *options, regime, keep_columns)
         linear_logprob.linear_logprob_backward(outputs[0], *head, *outputs, *options)
     return launches
 
 
-def _infonce_call(case: InfonceCase) -> configs.Call:
+def _infonce_call(case: InfonceCase) -> Call:
     """One group."""
     kernel = segment_infonce._segment_infonce_kernel
     options = segment_infonce.launch_options(case.side, case.side)
@@ -188,10 +189,10 @@ def _infonce_call(case: InfonceCase) -> configs.Call:
     dtypes = dict.fromkeys(kernel.arg_names, case.dtype)
     dtypes |= {"offsets": torch.int64, "table": torch.int32, "positives": torch.int64}
     tensors = {name: torch.empty(1, dtype=dtype, device="meta") for name, dtype in dtypes.items()}
-    return configs.Call(kernel, (1,), tensors | constants, options)
+    return Call(kernel, (1,), tensors | constants, options)
 
 
-def _distinct(launches: list[configs.Call]) -> list[configs.Call]:
+def _distinct(launches: list[Call]) -> list[Call]:
     """One of those that compile to the same."""
     code = {}
     for call in launches:
@@ -200,7 +201,7 @@ def _distinct(launches: list[configs.Call]) -> list[configs.Call]:
     return list(code.values())
 
 
-def _source(call: configs.Call) -> ASTSource:
+def _source(call: Call) -> ASTSource:
     """What the launcher would compile for these arguments."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(call.kernel.params):
@@ -221,7 +222,7 @@ def _source(call: configs.Call) -> ASTSource:
     return ASTSource(call.kernel, signature, constants, attributes)
 
 
-def _compile(call: configs.Call, architecture: int) -> tuple[triton.compiler.CompiledKernel, str]:
+def _compile(call: Call, architecture: int) -> tuple[triton.compiler.CompiledKernel, str]:
     """The compiled kernel, and what ptxas said."""
     log = io.StringIO()
     with contextlib.ExitStack() as stack:

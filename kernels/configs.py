@@ -6,7 +6,6 @@ launches into the tables.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import triton
 
@@ -113,16 +112,3 @@ LINEAR_LOGPROB = LogitBlocks(rows=4096, columns=16384, elements=1 << 25)
 def linear_logprob_warps(block_columns: int) -> int:
     """Warps of a program that holds so many columns."""
     return max(block_columns // 1024, 1)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One kernel launch: to run on tensors, or to compile for a machine that is not there."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)

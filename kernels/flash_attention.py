@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from torch.nn.functional import embedding_bag
 
+from sami_fast.ops.dispatch import expect
 from sami_fast.tile_plan import DevicePlan, device_plan, positions
 
 _MAX_HEAD_DIM = 256
+_expect = functools.partial(expect, backend="flash")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Gather
@@ -244,11 +246,6 @@ def best(device: torch.device) -> Library:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Public functions
-
-
-def _expect(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected} for backend 'flash', got {got}")
 
 
 def _refuse(q: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, library: Library) -> None:

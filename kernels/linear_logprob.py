@@ -28,7 +28,6 @@ plus, small beside these, 8N for the results, 12R and, where columns are kept, 4
 result every time, and fit for a CUDA graph.
 """
 
-import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +37,7 @@ import triton
 import triton.language as tl
 
 from sami_fast.kernels import configs
-from sami_fast.kernels.configs import Call
+from sami_fast.kernels.launch import Call, expect_launchable, launching_on
 
 _BLOCK_H = 1024
 # Probabilities that go into a product are stored times this: float16 has few exponents below 1, and most above it.
@@ -199,30 +198,6 @@ def _gradient_kernel(
 # Launcher
 
 
-@functools.cache
-def _architecture(device: torch.device) -> int:
-    """90 for sm_90; the interpreter stands for the oldest machine."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    return 10 * major + minor
-
-
-def _refuse(hidden: torch.Tensor) -> None:
-    """ValueError, by name, for what these kernels cannot do; shapes and devices agree by now."""
-
-    def expect(good: bool, name: str, expected: str, got: object) -> None:
-        if not good:
-            raise ValueError(f"{name}: expected {expected} for backend 'triton', got {got}")
-
-    interpreted = not isinstance(_block_kernel, triton.JITFunction)
-    place = "CUDA tensors (or TRITON_INTERPRET=1 in the environment before triton is imported)"
-    expect(interpreted or hidden.device.type in ("cuda", "meta"), "hidden", place, f"a tensor on {hidden.device}")
-    architecture = _architecture(hidden.device)
-    expect(architecture >= 80, "hidden", "a device of compute capability 8.0 or later", architecture / 10)
-    # Triton's interpreter computes with the bit patterns of bfloat16.
-    dtypes = [torch.float16, torch.float32] if interpreted else [torch.bfloat16, torch.float16, torch.float32]
-    expect(hidden.dtype in dtypes, "hidden", f"one of {dtypes}", hidden.dtype)
-
-
 def _split(begin: int, end: int, limit: int) -> list[slice]:
     """[begin, end) in nearly equal slices of at most `limit`, all but the last one a multiple of 128 (or the limit)."""
     step = min(128, limit)
@@ -311,10 +286,6 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool 
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Public functions
 
@@ -335,7 +306,7 @@ def linear_logprob_forward(
     Raises:
         ValueError: a device or dtype that these kernels cannot do, by name.
     """
-    _refuse(hidden)
+    expect_launchable("hidden", hidden, _block_kernel)
     frozen = regime == "frozen_head"
     head = Head.prepare(len(hidden), weight, labels, bias, logit_scale, softcap, keep_columns)
     N, H = hidden.shape
@@ -350,7 +321,7 @@ def linear_logprob_forward(
     references = [new(head.height) for _ in kept_columns]
     label_slope = new(head.height) if kept_columns else None
     mean = new((head.height, H)) if frozen else None
-    with _on(hidden.device):
+    with launching_on(hidden.device):
         for rows in head.rows:
             for index, columns in enumerate(head.columns):
                 at = slice(_length(rows)), slice(_length(columns))
@@ -385,7 +356,7 @@ def linear_logprob_backward(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden, weight and bias (empty without one) in regime "trained_head"; `kept` is the forward's."""
-    _refuse(hidden)
+    expect_launchable("hidden", hidden, _block_kernel)
     head = Head.prepare(len(hidden), weight, labels, bias, logit_scale, softcap, kept.shape[1])
     (N, H), V = hidden.shape, len(weight)
     grad_hidden, grad_weight = hidden.new_empty((N, H)), weight.new_empty((V, H))
@@ -404,7 +375,7 @@ def linear_logprob_backward(
     sum_weight = hidden.new_empty((head.width, H), dtype=torch.float32)
     if head.kept < V:
         buffer, gradients = head.buffer(torch.float32), head.buffer(hidden.dtype)
-    with _on(hidden.device):
+    with launching_on(hidden.device):
         for columns in head.columns:
             of_block = sum_weight[: _length(columns)]
             for rows in head.rows:

@@ -19,7 +19,6 @@ What the loops read comes through tensor descriptors of [H, T, D] (DESCRIPTORS: 
 pointers to [T, H, D]. An option that is off is passed to a kernel as None.
 """
 
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -31,12 +30,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sami_fast.kernels import configs
-from sami_fast.kernels.configs import Call
+from sami_fast.kernels.launch import Call, architecture_of, expect_launchable, launching_on
+from sami_fast.ops.dispatch import expect
 from sami_fast.tile_plan import DevicePlan, device_plan
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2.0))
 _MAX_HEAD_DIM = 256
+_expect = functools.partial(expect, backend="triton")
 _DESCRIPTOR_ARCHITECTURES = (90, 100, 103)  # a copy engine and 227 KB of shared memory
 _STATISTICS_ROWS = 32
 _TOKEN_PADDING = 128  # a multiple of every BLOCK_M
@@ -360,13 +361,6 @@ def _grad_kv_kernel(
 # Launcher
 
 
-@functools.cache
-def _architecture(device: torch.device) -> int:
-    """90 for sm_90; the interpreter stands for the oldest machine."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    return 10 * major + minor
-
-
 def _descriptor_strides(x: torch.Tensor) -> list[int]:
     """Strides (head, token, 1) of `x` [T, H, D]; those of a dimension of size 1 may be anything and are made to fit."""
     token, head = (x.stride(dim) if x.shape[dim] > 1 else x.shape[2] for dim in (0, 1))
@@ -397,27 +391,17 @@ def _refuse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: DevicePlan, scale: float, architecture: int
 ) -> None:
     """ValueError, by name, for what these kernels cannot do; shapes and devices agree by now."""
-
-    def expect(good: bool, name: str, expected: str, got: object) -> None:
-        if not good:
-            raise ValueError(f"{name}: expected {expected} for backend 'triton', got {got}")
-
-    interpreted = not isinstance(_forward_kernel, triton.JITFunction)
-    place = "CUDA tensors (or TRITON_INTERPRET=1 in the environment before triton is imported)"
-    expect(interpreted or q.device.type in ("cuda", "meta"), "q", place, f"a tensor on {q.device}")
-    expect(architecture >= 80, "q", "a device of compute capability 8.0 or later", architecture / 10)
-    # Triton's interpreter multiplies the bit patterns of bfloat16.
-    dtypes = [torch.float16, torch.float32] if interpreted else [torch.bfloat16, torch.float16, torch.float32]
-    expect(q.dtype in dtypes, "q", f"one of {dtypes}", q.dtype)
+    expect_launchable("q", q, _forward_kernel, architecture)
     head_dim = max(q.shape[2], v.shape[2])
-    expect(head_dim <= _MAX_HEAD_DIM, "head_dim", f"at most {_MAX_HEAD_DIM}", head_dim)
-    expect(scale > 0, "scale", "a positive number", scale)
-    expect(plan.num_tokens == q.shape[0], "plan", f"a plan of {q.shape[0]} tokens as q has", plan.num_tokens)
+    _expect(head_dim <= _MAX_HEAD_DIM, "head_dim", f"at most {_MAX_HEAD_DIM}", head_dim)
+    _expect(scale > 0, "scale", "a positive number", scale)
+    _expect(plan.num_tokens == q.shape[0], "plan", f"a plan of {q.shape[0]} tokens as q has", plan.num_tokens)
     # Rows are numbered, and offsets within a tile counted, in 32 bits; offsets of tiles in 64.
-    expect(q.shape[0] * q.shape[1] < 2**31 - 2**16, "q", "fewer than 2^31 rows (tokens times heads)", list(q.shape))
+    _expect(q.shape[0] * q.shape[1] < 2**31 - 2**16, "q", "fewer than 2^31 rows (tokens times heads)", list(q.shape))
     for name, x in dict(q=q, k=k, v=v).items():
         reach = _MAX_HEAD_DIM * x.stride(0) + x.shape[1] * x.stride(1)
-        expect(reach < 2**31, name, f"{_MAX_HEAD_DIM} tokens of all heads to span fewer than 2^31 elements", x.stride())
+        near = f"{_MAX_HEAD_DIM} tokens of all heads to span fewer than 2^31 elements"
+        _expect(reach < 2**31, name, near, x.stride())
 
 
 @dataclass(frozen=True)
@@ -437,7 +421,7 @@ class Attention:
     @classmethod
     def prepare(cls, q, k, v, position_ids, nodes, scale, window, softcap, architecture=None) -> "Attention":
         plan = device_plan(nodes, q.device)
-        architecture = architecture or _architecture(q.device)
+        architecture = architecture or architecture_of(q.device)
         _refuse(q, k, v, plan, scale, architecture)
         if window is not None and window > plan.max_position:
             window = None  # it holds every tree
@@ -550,7 +534,7 @@ def prefix_attention_forward(
     attention = Attention.prepare(q, k, v, position_ids, nodes, scale, window, softcap)
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    with _on(q.device):
+    with launching_on(q.device):
         forward_call(attention, None if sinks is None else sinks.contiguous(), out, lse).run()
     return out, lse
 
@@ -576,14 +560,10 @@ def prefix_attention_backward(
     grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
     shift = lse.new_empty((Hq, -(-T // _TOKEN_PADDING) * _TOKEN_PADDING))
     upstream = _readable(grad_out), grad_lse.contiguous()
-    with _on(q.device):
+    with launching_on(q.device):
         for call in backward_calls(attention, *upstream, out.contiguous(), lse.contiguous(), shift, *grads):
             call.run()
     grad_sinks = q.new_zeros(0)
     if sinks is not None:
         grad_sinks = ((sinks.float() - lse).exp() * shift[:, :T].t()).sum(dim=0).to(sinks.dtype)
     return *grads, grad_sinks
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

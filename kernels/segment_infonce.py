@@ -4,13 +4,12 @@ One program owns a group and keeps its C x R matrix in registers. Sums over toke
 digits that tell two constitutions apart are the last ones of a long sum. Deterministic.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
-_MAX_SIDE = 256
+from sami_fast.kernels.launch import expect_launchable, launching_on
+
 _LOADS = 4096  # tokens that a program has in flight
 
 
@@ -115,23 +114,13 @@ def segment_infonce_forward(
     normalize: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss [B], matrix [S], metrics [B, 3], d(loss)/d(token) [N]; float32 only, C and R of at most 256."""
-    device = token_logprobs.device
     C, R = shapes.amax(dim=0).tolist()
-    interpreted = not isinstance(_segment_infonce_kernel, triton.JITFunction)
-    if not interpreted and device.type != "cuda":
-        raise ValueError(
-            "token_logprobs: expected a CUDA tensor (or TRITON_INTERPRET=1 in the environment before triton is "
-            f"imported) for backend 'triton', got a tensor on {device}"
-        )
-    if token_logprobs.dtype != torch.float32:
-        raise ValueError(f"token_logprobs: expected torch.float32 for backend 'triton', got {token_logprobs.dtype}")
-    if max(C, R) > _MAX_SIDE:
-        raise ValueError(f"shapes: expected C and R of at most {_MAX_SIDE} for backend 'triton', got {C} x {R}")
+    expect_launchable("token_logprobs", token_logprobs, _segment_infonce_kernel)
     B, S = shapes.shape[0], offsets.shape[0] - 1
     token_logprobs = token_logprobs.contiguous()
     loss, matrix, metrics = (token_logprobs.new_empty(size) for size in (B, S, (B, 3)))
     grad_tokens = torch.empty_like(token_logprobs)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with launching_on(token_logprobs.device):
         _segment_infonce_kernel[(B,)](
             token_logprobs,
             offsets.contiguous(),

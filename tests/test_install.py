@@ -58,12 +58,12 @@ def test_kernels_resolve_from_their_folder(cwd, tmp_path):
     file = fresh(
         """
 import json
-import sami_fast.kernels.reference
-print(json.dumps(sami_fast.kernels.reference.__file__))
+import sami_fast.kernels.segment_infonce_reference
+print(json.dumps(sami_fast.kernels.segment_infonce_reference.__file__))
 """,
         cwd=ROOT if cwd == "root" else tmp_path,
     )
-    assert Path(file).resolve() == ROOT / "kernels" / "reference.py"
+    assert Path(file).resolve() == ROOT / "kernels" / "segment_infonce_reference.py"
 
 
 def test_import_is_light():
@@ -118,7 +118,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         files = [path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*") if path.is_file()]
         sources = {f"{target}/{path.as_posix()}" for path in files if "__pycache__" not in path.parts}
         assert sources and sources <= set(names), sorted(sources - set(names))
-    assert "sami_fast/kernels/reference.py" in names
+    assert "sami_fast/kernels/segment_infonce_reference.py" in names
     assert [name for name in names if name.startswith("sami_fast/templates/") and name.endswith(".txt")]
     assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
 
@@ -138,8 +138,8 @@ def test_installed_wheel_works_outside_the_tree(wheel, tmp_path):
 import json, sys
 sys.meta_path = [finder for finder in sys.meta_path if "skbc" not in type(finder).__module__]
 sys.path = [{str(tmp_path)!r}] + [entry for entry in sys.path if entry != {str(ROOT)!r}]
-import sami_fast, sami_fast.kernels.reference
-print(json.dumps([sami_fast.__file__, sami_fast.kernels.reference.__file__, sami_fast.backends()["cuda"]]))
+import sami_fast, sami_fast.kernels.segment_infonce_reference as reference
+print(json.dumps([sami_fast.__file__, reference.__file__, sami_fast.backends()["cuda"]]))
 """,
         cwd=tmp_path,
     )

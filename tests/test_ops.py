@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as, assert_exact
 
 from sami_fast import linear_kl, linear_logprob, ops, pack, prefix_attention, segment_infonce
-from sami_fast.kernels import reference
+from sami_fast.kernels import linear_logprob_reference, prefix_attention_reference
 from sami_fast.prefix_tree import Group
 
 DTYPES = [torch.float64, torch.float32]
@@ -67,7 +67,7 @@ def test_attention_on_random_trees(groups, seed, window):
 
 @pytest.mark.parametrize("length", AWKWARD_LENGTHS)
 def test_attention_across_block_edges(length, monkeypatch):
-    monkeypatch.setattr(reference, "_SCORE_BYTES", 1)  # 16 rows a block
+    monkeypatch.setattr(prefix_attention_reference, "_SCORE_BYTES", 1)  # 16 rows a block
     rng = np.random.default_rng(length)
     query = rng.integers(0, 99, length)
     prompts = [np.r_[query, rng.integers(0, 99, size)] for size in (1, length)]
@@ -113,8 +113,8 @@ def head(rng, N, H, V, dtype, bias):
 @pytest.mark.parametrize("shape", [(1, 3, 1), (37, 8, 101), (5, 4, 50)])
 def test_linear_logprob(shape, frozen, bias, softcap, dtype, chunk_bytes, keep_bytes, monkeypatch):
     monkeypatch.setattr(ops.head, "_KEEP_BYTES", keep_bytes)
-    monkeypatch.setattr(reference, "_CACHED_LOGIT_BYTES", chunk_bytes)
-    monkeypatch.setattr(reference, "_LOGIT_ROWS", min(16, chunk_bytes))
+    monkeypatch.setattr(linear_logprob_reference, "_CACHED_LOGIT_BYTES", chunk_bytes)
+    monkeypatch.setattr(linear_logprob_reference, "_LOGIT_ROWS", min(16, chunk_bytes))
     hidden, weight, labels, bias = head(np.random.default_rng(5), *shape, dtype, bias)
     inputs = [hidden]
     for parameter in (weight, bias):
@@ -161,7 +161,7 @@ def test_linear_logprob_in_bf16_is_as_good_as_pytorch(frozen):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_kl(bias, softcap, dtype, monkeypatch):
-    monkeypatch.setattr(reference, "_LOGIT_BYTES", 1)
+    monkeypatch.setattr(linear_logprob_reference, "_LOGIT_BYTES", 1)
     rng = np.random.default_rng(7)
     hidden, weight, _, bias = head(rng, 37, 8, 101, dtype, bias)
     ref_hidden, ref_weight, _, ref_bias = head(rng, 37, 6, 101, dtype, bias is not None)

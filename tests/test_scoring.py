@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sami_fast import Group, pack, prefix_tree
-from sami_fast.kernels import reference
+from sami_fast.kernels import prefix_attention_reference
 from sami_fast.prefix_tree import AttentionPlan
 from sami_fast.scoring import Scores, UnsupportedModelError, check_model, score
 
@@ -241,8 +241,10 @@ def test_kept_attention_is_not_computed_again(monkeypatch):
     expected = gradients(model, objective(score(model, packed).matrices))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    forward, calls = reference.prefix_attention_forward, []
-    monkeypatch.setattr(reference, "prefix_attention_forward", lambda *args: calls.append(1) or forward(*args))
+    forward, calls = prefix_attention_reference.prefix_attention_forward, []
+    monkeypatch.setattr(
+        prefix_attention_reference, "prefix_attention_forward", lambda *args: calls.append(1) or forward(*args)
+    )
     for keep, times in ((False, 2), (True, 1)):
         calls.clear()
         scores = score(model, packed, keep_attention=keep)

@@ -136,7 +136,7 @@ def small_tiles(monkeypatch):
 
     def use(rows, keys, architecture=80):
         monkeypatch.setattr(configs, "prefix_attention", lambda *_: configs.Launch(rows, keys, 4, 2))
-        monkeypatch.setattr(kernels, "_architecture", lambda device: architecture)
+        monkeypatch.setattr(kernels, "architecture_of", lambda device: architecture)
 
     torch.use_deterministic_algorithms(True)
     yield use
@@ -236,7 +236,7 @@ def test_shipped_configurations(sizes, dtype, architecture, monkeypatch):
 
     if dtype == torch.float32 and (architecture == 90 or sizes[0] not in (64, 128, 256)):
         pytest.skip("float32 is launched alike on both, and alike between powers of two")
-    monkeypatch.setattr(kernels, "_architecture", lambda device: architecture)
+    monkeypatch.setattr(kernels, "architecture_of", lambda device: architecture)
     rng = np.random.default_rng(2)
     packed = pack([random_group(rng, 2, 3, query=130, constitution=30, response=40)])
     tensors = qkv(rng, packed.num_tokens, 3, 1, *sizes, dtype=dtype)

@@ -2,7 +2,7 @@
 
 import torch
 
-from sami_fast.ops.dispatch import describe, expect, expect_like, run, triton_or_reference
+from sami_fast.ops.dispatch import describe, expect, expect_like, run, triton_or_reference, wide_dtype
 from sami_fast.prefix_tree import AttentionPlan
 
 
@@ -26,8 +26,7 @@ def _prefix_attention(
 @_prefix_attention.register_fake
 def _(q, k, v, position_ids, nodes, sinks, scale, window, softcap, backend):
     T, Hq, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((T, Hq, v.shape[2])), q.new_empty((T, Hq), dtype=lse_dtype)
+    return q.new_empty((T, Hq, v.shape[2])), q.new_empty((T, Hq), dtype=wide_dtype(q))
 
 
 @torch.library.custom_op("sami_fast::prefix_attention_backward", mutates_args=())

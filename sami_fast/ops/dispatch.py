@@ -22,18 +22,18 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "prefix_attention": {
         "triton": "sami_fast.kernels.prefix_attention",
-        "reference": "sami_fast.kernels.reference",
+        "reference": "sami_fast.kernels.prefix_attention_reference",
         "flash": "sami_fast.kernels.flash_attention",
     },
     "linear_logprob": {
         "triton": "sami_fast.kernels.linear_logprob",
-        "reference": "sami_fast.kernels.reference",
+        "reference": "sami_fast.kernels.linear_logprob_reference",
     },
-    "linear_kl": {"reference": "sami_fast.kernels.reference"},
+    "linear_kl": {"reference": "sami_fast.kernels.linear_logprob_reference"},
     "segment_infonce": {
         "cuda": "sami_fast.kernels.segment_infonce_cuda",
         "triton": "sami_fast.kernels.segment_infonce",
-        "reference": "sami_fast.kernels.reference",
+        "reference": "sami_fast.kernels.segment_infonce_reference",
     },
 }
 
@@ -51,8 +51,6 @@ def backends() -> dict[str, str]:
             report[backend] = "unavailable: flash-attn is not installed (pip install flash-attn --no-build-isolation)"
         elif backend != "reference" and not torch.cuda.is_available():
             report[backend] = "unavailable: torch sees no CUDA device"
-        elif not implemented:
-            report[backend] = "unavailable: no op has an implementation"
         else:
             report[backend] = "available: " + ", ".join(implemented)
     return report
@@ -106,9 +104,16 @@ def run(op: str, direction: str, backend: str, arguments: tuple) -> Any:
         return function(*arguments)
 
 
-def expect(condition: bool, name: str, expected: str, got: object) -> None:
+def expect(condition: bool, name: str, expected: str, got: object, backend: str | None = None) -> None:
+    """ValueError unless the condition holds; `backend` for what only that one expects."""
     if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+        what = expected if backend is None else f"{expected} for backend {backend!r}"
+        raise ValueError(f"{name}: expected {what}, got {got}")
+
+
+def wide_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What sums, log-sum-exps and results are in: float32, or float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def describe(tensor: torch.Tensor) -> str:

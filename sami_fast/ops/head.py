@@ -5,7 +5,16 @@ import logging
 
 import torch
 
-from sami_fast.ops.dispatch import describe, expect, expect_index, expect_like, resolve, run, triton_or_reference
+from sami_fast.ops.dispatch import (
+    describe,
+    expect,
+    expect_index,
+    expect_like,
+    resolve,
+    run,
+    triton_or_reference,
+    wide_dtype,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +57,7 @@ def _linear_logprob(
 
 @_linear_logprob.register_fake
 def _(hidden, weight, labels, bias, logit_scale, softcap, regime, keep_columns, backend):
-    logprob = hidden.new_empty(hidden.shape[0], dtype=_wide_dtype(hidden))
+    logprob = hidden.new_empty(hidden.shape[0], dtype=wide_dtype(hidden))
     if regime == "frozen_head":
         kept = hidden.new_empty(hidden.shape)
     else:
@@ -56,13 +65,9 @@ def _(hidden, weight, labels, bias, logit_scale, softcap, regime, keep_columns, 
     return logprob, torch.empty_like(logprob), kept
 
 
-def _wide_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def _kept_dtype(hidden: torch.Tensor, backend: str) -> torch.dtype:
     """The reference keeps logits, Triton keeps probabilities."""
-    return _wide_dtype(hidden) if backend == "reference" else hidden.dtype
+    return wide_dtype(hidden) if backend == "reference" else hidden.dtype
 
 
 def _columns_to_keep(hidden: torch.Tensor, weight: torch.Tensor, backend: str) -> int:
@@ -95,7 +100,7 @@ def _(grad_logprob, hidden, weight, labels, bias, logprob, lse, kept, logit_scal
 
 
 def _fake_head_gradients(hidden, weight, bias):
-    grad_bias = weight.new_empty(0, dtype=_wide_dtype(hidden)) if bias is None else torch.empty_like(bias)
+    grad_bias = weight.new_empty(0, dtype=wide_dtype(hidden)) if bias is None else torch.empty_like(bias)
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), grad_bias
 
 
@@ -204,7 +209,7 @@ def _linear_kl(
 
 @_linear_kl.register_fake
 def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, logit_scale, softcap, backend):
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    return hidden.new_empty(hidden.shape[0], dtype=wide_dtype(hidden))
 
 
 @torch.library.custom_op("sami_fast::linear_kl_backward", mutates_args=())

@@ -9,6 +9,9 @@ import torch
 
 from sami_fast.ops.dispatch import HAS_TRITON, describe, expect, expect_index, resolve, run
 
+_MAX_SIDE = 256  # of a group, in the kernels
+_NEEDS = {"cuda": "sami_fast._C to be built", "triton": "triton to be installed"}
+
 
 @torch.library.custom_op("sami_fast::segment_infonce", mutates_args=())
 def _segment_infonce(
@@ -57,17 +60,24 @@ def _group_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> t
     for C, R in shapes:
         rows.append((C, R, pairs, responses))
         pairs, responses = pairs + C * R, responses + R
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    table = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)  # from pinned memory: the host goes on
 
 
 def _infonce_backend(backend: str | None, token_logprobs: torch.Tensor, shapes: tuple[tuple[int, int], ...]) -> str:
     name = resolve("segment_infonce", backend, token_logprobs.device)
-    if backend is not None or name == "reference":
-        return name
-    if token_logprobs.dtype != torch.float32 or max(map(max, shapes)) > 256:
-        return "reference"
     has_extension = importlib.util.find_spec("sami_fast._C") is not None
-    return "cuda" if has_extension else "triton" if HAS_TRITON else "reference"
+    if backend is None and name != "reference":
+        if token_logprobs.dtype != torch.float32 or max(map(max, shapes)) > _MAX_SIDE:
+            return "reference"
+        return "cuda" if has_extension else "triton" if HAS_TRITON else "reference"
+    if name != "reference":
+        installed = has_extension if name == "cuda" else HAS_TRITON
+        expect(installed, "backend", f"{_NEEDS[name]} for {name!r}", "no such module")
+        expect(token_logprobs.dtype == torch.float32, "token_logprobs", "torch.float32", token_logprobs.dtype, name)
+        largest = max(shapes, key=max)
+        expect(max(largest) <= _MAX_SIDE, "shapes", f"C and R of at most {_MAX_SIDE}", largest, name)
+    return name
 
 
 def segment_infonce(

@@ -31,12 +31,15 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.suite import ROOT
-from sami_fast.kernels import linear_logprob, segment_infonce
+from sami_fast.kernels import linear_logprob, linear_statistics, segment_infonce
 from sami_fast.kernels import prefix_attention as kernels
 from sami_fast.kernels.launch import Call
 
 # Bytes of shared memory a program may use. Pointer configurations also serve sm_86, sm_89 and sm_120.
 SHARED_MEMORY = {"descriptors": 227 << 10, "pointers": 99 << 10}
+# One for every tile that the launcher makes of square groups, and the narrow ones.
+INFONCE_SHAPES = [(n, n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+INFONCE_SHAPES += [(3, 5), (2, 16), (16, 2), (1, 32), (32, 1), (4, 64), (64, 4), (1, 256), (256, 1), (16, 256), (256, 16)]
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
@@ -74,14 +77,15 @@ class HeadCase:
 
 @dataclass(frozen=True)
 class InfonceCase:
-    """Of InfoNCE in Triton: groups of at most `side` x `side`."""
+    """Of InfoNCE in Triton: groups of at most C x R."""
 
     architecture: int
-    side: int
+    C: int
+    R: int
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        return f"sm_{self.architecture} {_TYPES[self.dtype]} infonce {self.side} x {self.side}"
+        return f"sm_{self.architecture} {_TYPES[self.dtype]} infonce {self.C} x {self.R}"
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,13 @@ def cases() -> Iterator[Case | HeadCase | InfonceCase]:
             yield Case(architecture, torch.float32, D, D, options=True)
         yield Case(architecture, torch.float16, 128, 128)
         yield Case(architecture, torch.bfloat16, 128, 128, group=7)
-        for rows, vocabulary in ((8192, 128256), (300, 128256), (300, 1000)):
+        for rows, vocabulary in ((8192, 128256), (300, 128256), (300, 2000), (300, 1000)):
             yield HeadCase(architecture, torch.bfloat16, rows, vocabulary)
             yield HeadCase(architecture, torch.bfloat16, rows, vocabulary, options=True)
         yield HeadCase(architecture, torch.float32, 300, 128256, options=True)
         yield HeadCase(architecture, torch.float16, 300, 128256)
-        for side in (2, 4, 8, 16, 64):
-            yield InfonceCase(architecture, side)
+        for C, R in INFONCE_SHAPES:
+            yield InfonceCase(architecture, C, R)
 
 
 def extension_cases() -> list[ExtensionCase]:
@@ -145,7 +149,7 @@ def calls(case: Case | HeadCase | InfonceCase, T: int = 64) -> list[Call]:
     if isinstance(case, HeadCase):
         return _head_calls(case)
     if isinstance(case, InfonceCase):
-        return [_infonce_call(case)]
+        return _infonce_calls(case)
     Hkv = 2
     D, DV, Hq = case.head_dim, case.value_dim, Hkv * case.group
     shapes = (Hq, D), (Hkv, D), (Hkv, DV), (Hq, DV)
@@ -165,7 +169,7 @@ def calls(case: Case | HeadCase | InfonceCase, T: int = 64) -> list[Call]:
 
 
 def _head_calls(case: HeadCase) -> list[Call]:
-    """The launches of the three regimes, a part of the columns kept."""
+    """The launches of the three regimes, a part of the columns kept; of the statistics, with a second head or none."""
     H = 4096
     hidden = torch.empty((case.rows, H), dtype=case.dtype, device="meta")
     weight = torch.empty((case.vocabulary, H), dtype=case.dtype, device="meta")
@@ -178,18 +182,28 @@ def _head_calls(case: HeadCase) -> list[Call]:
         for regime, keep_columns in (("no_grad", 0), ("frozen_head", 0), ("trained_head", case.vocabulary // 128 * 64)):
             outputs = linear_logprob.linear_logprob_forward(*head, *options, regime, keep_columns)
         linear_logprob.linear_logprob_backward(outputs[0], *head, *outputs, *options)
+        for second in ((hidden, weight, bias), (None, None, None)):
+            outputs = linear_statistics.linear_statistics_forward(*head, *second, *options)
+            grads = [outputs[0]] * 3
+            linear_statistics.linear_statistics_backward(*grads, *head, *second, *outputs, *options, head_trains=True)
     return launches
 
 
-def _infonce_call(case: InfonceCase) -> Call:
-    """One group."""
-    kernel = segment_infonce._segment_infonce_kernel
-    options = segment_infonce.launch_options(case.side, case.side)
-    constants = {"MEAN": True} | {name: options.pop(name) for name in ("BLOCK_C", "BLOCK_R", "BLOCK_T")}
-    dtypes = dict.fromkeys(kernel.arg_names, case.dtype)
-    dtypes |= {"offsets": torch.int64, "table": torch.int32, "positives": torch.int64}
-    tensors = {name: torch.empty(1, dtype=dtype, device="meta") for name, dtype in dtypes.items()}
-    return Call(kernel, (1,), tensors | constants, options)
+def _infonce_calls(case: InfonceCase) -> list[Call]:
+    """Forward and backward of one group."""
+    passes = {
+        segment_infonce._segment_infonce_forward_kernel: {"MEAN": True}
+        | segment_infonce.launch_options(case.C, case.R),
+        segment_infonce._segment_infonce_backward_kernel: dict(segment_infonce.BACKWARD_OPTIONS),
+    }
+    launches = []
+    for kernel, options in passes.items():
+        dtypes = dict.fromkeys(kernel.arg_names, case.dtype)
+        dtypes |= {"offsets": torch.int64, "table": torch.int32, "positives": torch.int64}
+        tensors = {name: torch.empty(1, dtype=dtype, device="meta") for name, dtype in dtypes.items()}
+        constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
+        launches.append(Call(kernel, (1,), tensors | constants, options))
+    return launches
 
 
 def _distinct(launches: list[Call]) -> list[Call]:

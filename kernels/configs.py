@@ -97,18 +97,20 @@ def prefix_attention(loads: str, name: str, head_dim: int, capped: bool, group: 
 
 @dataclass(frozen=True)
 class LogitBlocks:
-    """Blocks of logits: at most `rows` rows, `columns` columns (a power of two) and `elements` numbers."""
+    """Blocks of logits: at most `rows` rows, `columns` columns (a power of two) and `elements` numbers.
+
+    A program holds a row of a block in its registers: a warp for `columns_per_warp` of them, and at most `warps`.
+    """
 
     rows: int
     columns: int
     elements: int
+    columns_per_warp: int
+    warps: int
 
 
-# At most 128 MB of float32 logits. A row of a block lies in the registers of one program. Blocks are about twice as
-# wide as they are high: both sums that a block adds to, over columns and over rows, then weigh little beside its GEMMs.
-LINEAR_LOGPROB = LogitBlocks(rows=4096, columns=16384, elements=1 << 25)
-
-
-def linear_logprob_warps(block_columns: int) -> int:
-    """Warps of a program that holds so many columns."""
-    return max(block_columns // 1024, 1)
+# At most 128 MB of float32 logits. Blocks are about twice as wide as they are high: both sums that a block adds to,
+# over columns and over rows, weigh little beside its GEMMs then.
+LINEAR_LOGPROB = LogitBlocks(4096, 16384, 1 << 25, columns_per_warp=1024, warps=16)
+# Rows of two blocks share the registers.
+LINEAR_STATISTICS = LogitBlocks(4096, 8192, 1 << 25, columns_per_warp=512, warps=8)

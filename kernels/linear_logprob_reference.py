@@ -1,4 +1,4 @@
-"""Log-probabilities and KL of a head in plain PyTorch: any device, float64-capable, production on the CPU.
+"""Log-probabilities of a head in plain PyTorch: any device, float64-capable, production on the CPU.
 
 Blocks of the vocabulary by chunks of rows: N x V is never held. Work is done in float32 (float64 for float64 inputs).
 """
@@ -11,17 +11,10 @@ from sami_fast.ops.dispatch import wide_dtype
 
 _LOGIT_BYTES = 64 << 20  # one chunk of logits
 _LOGIT_ROWS = 1024  # at most, in a block of logits
-_WIDENED_ROWS = 8192  # of a weight, at a time
 _CACHED_LOGIT_BYTES = 4 << 20  # the same where it should stay in the caches
 
 
-def _row_chunks(num_rows: int, vocab_size: int, itemsize: int) -> Iterator[slice]:
-    height = max(16, _LOGIT_BYTES // (vocab_size * itemsize))
-    for low in range(0, num_rows, height):
-        yield slice(low, min(low + height, num_rows))
-
-
-def _logit_blocks(num_rows: int, weight: torch.Tensor, itemsize: int, kept: int) -> Iterator[tuple[slice, list[slice]]]:
+def logit_blocks(num_rows: int, weight: torch.Tensor, itemsize: int, kept: int) -> Iterator[tuple[slice, list[slice]]]:
     """Chunks of rows, and the blocks of the vocabulary that each chunk walks, none of them across column `kept`.
 
     On the CPU a block of logits stays in the caches between the products and what is done to it in between.
@@ -34,30 +27,19 @@ def _logit_blocks(num_rows: int, weight: torch.Tensor, itemsize: int, kept: int)
         yield slice(low, min(low + _LOGIT_ROWS, num_rows)), blocks
 
 
-def _widened(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The weight in `dtype`, whole if it is so already: a copy of a whole vocabulary would double its memory."""
-    height = max(len(weight), 1) if weight.dtype == dtype else _WIDENED_ROWS
-    for low in range(0, len(weight), height):
-        at = slice(low, min(low + height, len(weight)))
-        yield at, weight[at].to(dtype)
-
-
-def _logits(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
+def block_logits(
+    states: torch.Tensor,
+    vectors: torch.Tensor,
     bias: torch.Tensor | None,
+    at: slice,
     scale: float,
     softcap: float | None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[rows, V] softcap(scale * (hidden @ weight.T + bias)), never rounded below the compute dtype."""
-    dtype = wide_dtype(hidden)
-    hidden = hidden.to(dtype)
-    logits = hidden.new_empty((len(hidden), len(weight))) if out is None else out
-    for at, vectors in _widened(weight, dtype):
-        torch.mm(hidden, vectors.t(), out=logits[:, at])
+    """[rows, columns] softcap(scale * (states @ vectors.T + bias[at])), with vectors the weight's rows `at`."""
+    logits = torch.mm(states, vectors.t(), out=out)
     if bias is not None:
-        logits.add_(bias)
+        logits.add_(bias[at])
     if scale != 1.0:
         logits.mul_(scale)
     if softcap is not None:
@@ -65,9 +47,16 @@ def _logits(
     return logits
 
 
-def _cap_slope(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+def cap_slope(logits: torch.Tensor, softcap: float) -> torch.Tensor:
     """d(softcap * tanh(x / softcap)) / dx, from the capped value."""
     return logits.div(softcap).square_().neg_().add_(1.0)
+
+
+def in_block(labels: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, 1] whether each label lies in the block, and where (somewhere valid if not)."""
+    index = (labels - block.start)[:, None]
+    width = block.stop - block.start
+    return (index >= 0) & (index < width), index.clamp(0, width - 1)
 
 
 def linear_logprob_forward(
@@ -92,7 +81,7 @@ def linear_logprob_forward(
     if not frozen:
         kept[:, V:].zero_()
     lowest = torch.finfo(dtype).min  # of a block whose logits are all -inf
-    for rows, blocks in _logit_blocks(N, weight, lse.element_size(), num_kept):
+    for rows, blocks in logit_blocks(N, weight, lse.element_size(), num_kept):
         states = hidden[rows].to(dtype)
         highest = states.new_full((len(states), 1), lowest)
         total, label_logit = torch.zeros_like(highest), torch.zeros_like(highest)
@@ -100,8 +89,8 @@ def linear_logprob_forward(
         for at in blocks:
             vectors = weight[at].to(dtype)
             out = kept[rows, at] if at.stop <= num_kept else None
-            logits = _logits(states, vectors, None if bias is None else bias[at], logit_scale, softcap, out)
-            inside, index = _in_block(labels[rows], at)
+            logits = block_logits(states, vectors, bias, at, logit_scale, softcap, out)
+            inside, index = in_block(labels[rows], at)
             label_logit = torch.where(inside, logits.gather(1, index), label_logit)
             after = torch.maximum(highest, logits.amax(dim=1, keepdim=True))
             weights = torch.sub(logits, after).exp_()
@@ -112,7 +101,7 @@ def linear_logprob_forward(
                 # The label's part of the mean is left out and taken off its own row below: 1 - p without cancellation.
                 weights.scatter_(1, index, weights.gather(1, index).masked_fill_(inside, 0.0))
                 if softcap is not None:
-                    weights.mul_(_cap_slope(logits, softcap))
+                    weights.mul_(cap_slope(logits, softcap))
                 mean_row.mul_(decay).addmm_(weights, vectors)
         lse[rows] = (highest + total.log()).squeeze(1)
         # Rounding may put a certain label's logit an ulp above the log-sum-exp; a log-probability is never positive.
@@ -120,17 +109,10 @@ def linear_logprob_forward(
         if frozen:
             of_label = -torch.expm1(logprob[rows, None])
             if softcap is not None:
-                of_label.mul_(_cap_slope(label_logit, softcap))
+                of_label.mul_(cap_slope(label_logit, softcap))
             label_row = weight[labels[rows]].to(dtype)
             kept[rows] = label_row.mul_(of_label).sub_(mean_row.div_(total)).mul_(logit_scale)
     return logprob, lse, kept
-
-
-def _in_block(labels: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """[rows, 1] whether each label lies in the block, and where (somewhere valid if not)."""
-    index = (labels - block.start)[:, None]
-    width = block.stop - block.start
-    return (index >= 0) & (index < width), index.clamp(0, width - 1)
 
 
 def linear_logprob_backward(
@@ -150,7 +132,7 @@ def linear_logprob_backward(
     grad_hidden = torch.zeros_like(hidden, dtype=dtype)
     grad_weight = torch.empty_like(weight, dtype=dtype) if len(hidden) else torch.zeros_like(weight, dtype=dtype)
     grad_bias = weight.new_zeros(0 if bias is None else bias.shape[0], dtype=dtype)
-    for rows, blocks in _logit_blocks(len(hidden), weight, lse.element_size(), num_kept):
+    for rows, blocks in logit_blocks(len(hidden), weight, lse.element_size(), num_kept):
         states, upstream = hidden[rows].to(dtype), grad_logprob[rows, None].to(dtype)
         of_label = torch.expm1(logprob[rows, None])
         for at in blocks:
@@ -158,13 +140,13 @@ def linear_logprob_backward(
             if at.stop <= num_kept:
                 logits = kept[rows, at]
             else:
-                logits = _logits(states, vectors, None if bias is None else bias[at], logit_scale, softcap)
+                logits = block_logits(states, vectors, bias, at, logit_scale, softcap)
             # -d(log p(label)) / d(logit) = p - onehot
             grad = torch.sub(logits, lse[rows, None]).exp_()
-            inside, index = _in_block(labels[rows], at)
+            inside, index = in_block(labels[rows], at)
             grad.scatter_(1, index, torch.where(inside, of_label, grad.gather(1, index)))
             if softcap is not None:
-                grad.mul_(_cap_slope(logits, softcap))
+                grad.mul_(cap_slope(logits, softcap))
             grad.mul_(upstream * -logit_scale)
             grad_hidden[rows].addmm_(grad, vectors)
             grad_weight[at].addmm_(grad.t(), states, beta=float(rows.start > 0))  # 0: what is there is not read
@@ -172,62 +154,3 @@ def linear_logprob_backward(
                 grad_bias[at].add_(grad.sum(dim=0))
     grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)
     return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias
-
-
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """In place. (The CPU's own float32 log_softmax is off by 2e-5 to one side over a vocabulary of 49152.)"""
-    return logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))
-
-
-def linear_kl_forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    ref_bias: torch.Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """KL(p || p_ref) [N] over the whole vocabulary, p and p_ref being softmaxes of the two heads' logits."""
-    dtype = wide_dtype(hidden)
-    kl = hidden.new_empty(hidden.shape[0], dtype=dtype)
-    for rows in _row_chunks(hidden.shape[0], weight.shape[0], 2 * kl.element_size()):
-        logp = _log_softmax(_logits(hidden[rows], weight, bias, logit_scale, softcap))
-        logp_ref = _log_softmax(_logits(ref_hidden[rows], ref_weight, ref_bias, logit_scale, softcap))
-        kl[rows] = logp_ref.neg_().add_(logp).mul_(logp.exp()).sum(dim=-1)
-    return kl
-
-
-def linear_kl_backward(
-    grad_kl: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    ref_bias: torch.Tensor | None,
-    kl: torch.Tensor,
-    logit_scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden, weight and bias (empty without one); d(KL)/d(logit) = p * (log p - log p_ref - KL)."""
-    dtype = wide_dtype(hidden)
-    grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros_like(weight, dtype=dtype)
-    grad_bias = weight.new_zeros(0 if bias is None else bias.shape[0], dtype=dtype)
-    for rows in _row_chunks(hidden.shape[0], weight.shape[0], 2 * kl.element_size()):
-        logits = _logits(hidden[rows], weight, bias, logit_scale, softcap)
-        upstream = grad_kl[rows, None].to(dtype) * logit_scale
-        slope = upstream if softcap is None else _cap_slope(logits, softcap).mul_(upstream)
-        logp = _log_softmax(logits)
-        logp_ref = _log_softmax(_logits(ref_hidden[rows], ref_weight, ref_bias, logit_scale, softcap))
-        grad = logp_ref.neg_().add_(logp).sub_(kl[rows, None]).mul_(logp.exp_()).mul_(slope)
-        of_rows = torch.zeros_like(hidden[rows], dtype=dtype)
-        for at, vectors in _widened(weight, dtype):
-            of_rows.addmm_(grad[:, at], vectors)
-        grad_hidden[rows] = of_rows.to(hidden.dtype)
-        grad_weight.addmm_(grad.t(), hidden[rows].to(dtype))
-        if bias is not None:
-            grad_bias.add_(grad.sum(dim=0))
-    return grad_hidden, grad_weight.to(weight.dtype), grad_bias if bias is None else grad_bias.to(bias.dtype)

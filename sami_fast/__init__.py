@@ -2,7 +2,14 @@
 
 import importlib
 
-from sami_fast.ops import backends, linear_kl, linear_logprob, prefix_attention, segment_infonce
+from sami_fast.ops import (
+    TokenStatistics,
+    backends,
+    linear_logprob,
+    linear_statistics,
+    prefix_attention,
+    segment_infonce,
+)
 from sami_fast.prefix_tree import AttentionPlan, Group, PackedTree, pack, pack_within
 
 __version__ = "0.1.0"
@@ -24,9 +31,10 @@ __all__ = [
     "AttentionPlan",
     "Group",
     "PackedTree",
+    "TokenStatistics",
     "backends",
-    "linear_kl",
     "linear_logprob",
+    "linear_statistics",
     "pack",
     "pack_within",
     "prefix_attention",

@@ -41,12 +41,14 @@ class Scores:
         packed: the pack, on the same device.
         normalize: "mean" or "sum", how a response's tokens make one entry of the matrix.
         kl: [N] float32, KL(model || reference) at each scored token's position; None without a reference model.
+        entropy: [N] float32, of the model's distribution there; None unless asked for.
     """
 
     token_logprobs: torch.Tensor
     packed: PackedTree
     normalize: str = "mean"
     kl: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
 
     @property
     def matrices(self) -> list[torch.Tensor]:
@@ -87,6 +89,11 @@ class _Head:
         logits = raw * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def is_like(self, other: _Head) -> bool:
+        """Whether one op can compute both."""
+        scaling = (self.logit_scale, self.softcap)
+        return self.is_plain and other.is_plain and scaling == (other.logit_scale, other.softcap)
+
     def weight(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias in the dtype of the hidden states, which autocast may have narrowed."""
         return self.module.weight.to(hidden.dtype), self.module.bias
@@ -104,33 +111,62 @@ def _find_head(model: nn.Module) -> _Head:
     return _Head(module, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def _by_chunks(function: Callable, rows: tuple[torch.Tensor, ...], vocab_size: int) -> torch.Tensor:
-    """`function` over chunks of rows; logits are recomputed in the backward instead of kept."""
-    height = max(16, _LOGIT_BYTES // (4 * vocab_size))
-    chunks = zip(*(tensor.split(height) for tensor in rows), strict=True)
-    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
+@dataclass(frozen=True)
+class _Reference:
+    """The reference model's head, its hidden states [N, H'], and the context in which it is what it should be."""
+
+    head: _Head
+    hidden: torch.Tensor
+    context: Callable[[], contextlib.AbstractContextManager]
 
 
-def _token_logprobs(head: _Head, hidden: torch.Tensor, labels: torch.Tensor, vocab_size: int, backend) -> torch.Tensor:
-    if head.is_plain:
+def _token_statistics(
+    head: _Head,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    reference: _Reference | None,
+    entropy: bool,
+    backend: str | Mapping[str, Any] | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """log p(label), and entropy and KL where they are wanted, [N] each."""
+    if head.is_plain and (reference is None or reference.head.is_like(head)):
         weight, bias = head.weight(hidden)
-        return ops.linear_logprob(
-            hidden,
-            weight,
-            labels,
-            bias=bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            backend=ops.backend_for("linear_logprob", backend),
-        )
+        options = dict(bias=bias, logit_scale=head.logit_scale, softcap=head.softcap)
+        if reference is None and not entropy:
+            which = ops.backend_for("linear_logprob", backend)
+            return ops.linear_logprob(hidden, weight, labels, **options, backend=which), None, None
+        if reference is not None:
+            ref_weight, ref_bias = reference.head.weight(reference.hidden)
+            options |= dict(ref_hidden=reference.hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+        which = ops.backend_for("linear_statistics", backend)
+        statistics = ops.linear_statistics(hidden, weight, labels, **options, backend=which)
+        return statistics.logprob, statistics.entropy if entropy else None, statistics.kl
     _log_head_once(type(head.module).__name__)
 
-    def chunk(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = head.finish(_widen(head.module(hidden)))
-        # Not log_softmax: the CPU's is off by 2e-5, all to one side, over 49152 float32 logits.
-        return logits.gather(1, labels[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+    def chunk(hidden: torch.Tensor, labels: torch.Tensor, ref_hidden: torch.Tensor | None = None) -> torch.Tensor:
+        logp = _log_softmax(head.finish(_widen(head.module(hidden))))
+        results = [logp.gather(1, labels[:, None]).squeeze(1)]
+        if entropy:
+            # A probability of 0 adds nothing: 0 * -inf would be NaN.
+            results.append(-(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(dim=-1))
+        if reference is not None:
+            with torch.no_grad(), reference.context():
+                logp_ref = _log_softmax(reference.head.finish(_widen(reference.head.module(ref_hidden))))
+            results.append((logp.exp() * (logp - logp_ref)).sum(dim=-1))
+        return torch.stack(results, dim=1)
 
-    return _by_chunks(chunk, (hidden, labels), vocab_size)
+    rows = [hidden, labels] if reference is None else [hidden, labels, reference.hidden]
+    height = max(16, _LOGIT_BYTES // (4 * vocab_size))
+    # Logits are recomputed in the backward instead of kept.
+    chunks = zip(*(tensor.split(height) for tensor in rows), strict=True)
+    columns = torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in chunks]).unbind(dim=1)
+    return columns[0], columns[1] if entropy else None, columns[-1] if reference is not None else None
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """(The CPU's own float32 log_softmax is off by 2e-5, all to one side, over a vocabulary of 49152.)"""
+    return logits - logits.logsumexp(dim=-1, keepdim=True)
 
 
 def _widen(logits: torch.Tensor) -> torch.Tensor:
@@ -158,6 +194,7 @@ def score(
     ref_model: nn.Module | None = None,
     backend: str | Mapping[str, Any] | None = None,
     keep_attention: bool = False,
+    entropy: bool = False,
 ) -> Scores:
     """Log-probability of every response token under every prompt of the pack, in one pass over its tokens.
 
@@ -175,6 +212,7 @@ def score(
         keep_attention: where activation checkpointing (of the kind that is not reentrant) computes layers again in the
             backward, keep the output and log-sum-exp of each layer's attention instead of computing them again: T x Hq
             x (Dv numbers of the model's dtype and one float32) a layer.
+        entropy: also give the entropy of the model's distribution at every scored token.
 
     Raises:
         UnsupportedModelError: the architecture cannot be exact over a tree; the message names it and says why.
@@ -184,50 +222,32 @@ def score(
     if normalize not in ("mean", "sum"):
         raise ValueError(f'normalize: expected "mean" or "sum", got {normalize!r}')
     hidden, head, vocab_size = _predicting_states(model, packed, backend, keep_attention)
-    logprobs = _token_logprobs(head, hidden, packed.labels, vocab_size, backend)
-    if ref_model is None:
-        return Scores(logprobs, packed, normalize)
-    return Scores(
-        logprobs, packed, normalize, _reference_kl(head, hidden, model, ref_model, packed, vocab_size, backend)
-    )
+    reference = None if ref_model is None else _reference_states(model, ref_model, packed, vocab_size, backend)
+    statistics = _token_statistics(head, hidden, packed.labels, vocab_size, reference, entropy, backend)
+    logprobs, token_entropy, kl = statistics
+    return Scores(logprobs, packed, normalize, kl, token_entropy)
 
 
-def _reference_kl(head, hidden, model, ref_model, packed, vocab_size, backend) -> torch.Tensor:
+def _reference_states(
+    model: nn.Module,
+    ref_model: nn.Module,
+    packed: PackedTree,
+    vocab_size: int,
+    backend: str | Mapping[str, Any] | None,
+) -> _Reference:
     if ref_model is model and not hasattr(model, "disable_adapter"):
         raise ValueError(
             f"ref_model: {type(model).__name__} has no adapters to disable, so it is no reference of itself"
         )
 
-    def as_reference():
+    def as_reference() -> contextlib.AbstractContextManager:
         return model.disable_adapter() if ref_model is model else contextlib.nullcontext()
 
     with torch.no_grad(), as_reference():
         ref_hidden, ref_head, ref_vocab = _predicting_states(ref_model, packed, backend)
     if ref_vocab != vocab_size:
         raise ValueError(f"ref_model: expected a vocabulary of {vocab_size} as the model has, got {ref_vocab}")
-    scaling = (head.logit_scale, head.softcap)
-    if head.is_plain and ref_head.is_plain and scaling == (ref_head.logit_scale, ref_head.softcap):
-        weight, bias = head.weight(hidden)
-        ref_weight, ref_bias = ref_head.weight(ref_hidden)
-        return ops.linear_kl(
-            hidden,
-            weight,
-            ref_hidden,
-            ref_weight,
-            bias=bias,
-            ref_bias=ref_bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            backend=ops.backend_for("linear_kl", backend),
-        )
-
-    def chunk(hidden: torch.Tensor, ref_hidden: torch.Tensor) -> torch.Tensor:
-        logp = head.finish(_widen(head.module(hidden))).log_softmax(dim=-1)
-        with torch.no_grad(), as_reference():
-            logp_ref = ref_head.finish(_widen(ref_head.module(ref_hidden))).log_softmax(dim=-1)
-        return (logp.exp() * (logp - logp_ref)).sum(dim=-1)
-
-    return _by_chunks(chunk, (hidden, ref_hidden), vocab_size)
+    return _Reference(ref_head, ref_hidden, as_reference)
 
 
 def _predicting_states(
@@ -260,8 +280,12 @@ def _predicting_states(
         head.module.register_forward_pre_hook(take),
         head.module.register_forward_hook(lambda _module, _args, output: raw.append(output)),
     ]
+    # Compiled code notes nothing of its layers: a model runs without it until it was seen in all that is checked.
+    slides = _slides(config, packed)
+    known = inner in _verified and (_verified[inner] or not slides)
+    stance = contextlib.nullcontext() if known else torch.compiler.set_stance("force_eager")
     try:
-        with tree_mode(inner, keep_attention):
+        with tree_mode(inner, keep_attention), stance:
             output = model(
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],
@@ -270,7 +294,7 @@ def _predicting_states(
             )
     except (AttributeError, RuntimeError, TypeError) as error:
         # Families without the interface may trip over the mask that they did not get.
-        if call.windows or isinstance(error, torch.OutOfMemoryError):
+        if call.windows or known or isinstance(error, torch.OutOfMemoryError):
             raise
         raise call.unsupported(
             f"none of its layers attends through transformers' AttentionInterface ({error})"
@@ -280,20 +304,21 @@ def _predicting_states(
             hook.remove()
     if len(taken) != 1 or taken[0].shape[1] != packed.num_tokens:
         raise call.unsupported("its output embedding does not see every token once")
-    _check_layers(call, bare, config, packed)
-    if inner not in _verified:
+    if not (known and _is_compiled(inner)):
+        _check_layers(call, bare, config, slides)
+    if not known:
         ours, theirs = head.finish(_widen(raw[0].detach())), _widen(output.logits.detach())
         error, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
         if error > 1e-2 * size:
             raise call.unsupported("its logits are not softcap(scale * output_embedding(hidden)) as its config says")
         if math.isfinite(error):  # NaN weights show in the scores; the head is looked at again
-            _verified.add(inner)
+            _verified[inner] = slides
     # Embedding as a gather: its backward is a deterministic segment sum where branches share a predictor.
     hidden = nn.functional.embedding(packed.hidden_index, taken[0][0])
     return hidden, head, head.module.weight.shape[0] if head.is_plain else raw[0].shape[-1]
 
 
-_verified: weakref.WeakSet = weakref.WeakSet()
+_verified: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # also with its windows in use?
 
 
 def _check_inputs(model: nn.Module, config, name: str, packed: PackedTree, vocab_size: int) -> None:
@@ -337,15 +362,24 @@ def _check_inputs(model: nn.Module, config, name: str, packed: PackedTree, vocab
         raise ValueError(f"packed: expected tensors on {device} as the model is, got {packed.device}")
 
 
-def _check_layers(call: TreeCall, model: nn.Module, config, packed: PackedTree) -> None:
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+
+
+def _slides(config, packed: PackedTree) -> bool:
+    """Whether a sliding window cuts any of the pack's sequences."""
+    window = getattr(config, "sliding_window", None)
+    return window is not None and packed.max_length > window
+
+
+def _check_layers(call: TreeCall, model: nn.Module, config, slides: bool) -> None:
     """Every layer must have attended through us, with the window that its config promises."""
     if len(call.windows) != config.num_hidden_layers:
         raise call.unsupported(
             f"{len(call.windows)} of its {config.num_hidden_layers} layers attend through transformers' "
             "AttentionInterface"
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and packed.max_length > window:
+    if slides:
         # Families without a list of layer types slide in all layers, if they know how to make such a mask at all.
         kind = "sliding" if _makes_sliding_masks(model) else "full"
         kinds = getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
@@ -392,7 +426,7 @@ def check_model(model: nn.Module, *, seed: int = 0, backend: str | Mapping[str, 
     training = subject.training
     subject.eval()
     try:
-        with torch.autocast(embedding.device.type, enabled=False):
+        with torch.autocast(embedding.device.type, enabled=False), torch.compiler.set_stance("force_eager"):
             tree = score(subject, packed, backend=backend).token_logprobs.double()
             plain = torch.cat([_plain_logprobs(subject, p, r) for g in groups for p in g.prompts for r in g.responses])
     finally:

@@ -47,6 +47,11 @@ def kl(logits_p, logits_ref):
     return (logp.exp() * (logp - logp_ref)).sum(-1)
 
 
+def entropy(logits):
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp.clamp(min=-1e300)).sum(-1)
+
+
 def infonce(matrix, positives):
     """Loss, mutual information, row and column accuracy of one [C, R] matrix; -inf entries are not scored."""
     C, R = matrix.shape

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as, assert_exact
 
-from sami_fast import linear_kl, linear_logprob, ops, pack, prefix_attention, segment_infonce
+from sami_fast import linear_logprob, ops, pack, prefix_attention, segment_infonce
 from sami_fast.kernels import linear_logprob_reference, prefix_attention_reference
 from sami_fast.prefix_tree import Group
 
@@ -112,7 +112,7 @@ def head(rng, N, H, V, dtype, bias):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("shape", [(1, 3, 1), (37, 8, 101), (5, 4, 50)])
 def test_linear_logprob(shape, frozen, bias, softcap, dtype, chunk_bytes, keep_bytes, monkeypatch):
-    monkeypatch.setattr(ops.head, "_KEEP_BYTES", keep_bytes)
+    monkeypatch.setattr(ops.logprob, "_KEEP_BYTES", keep_bytes)
     monkeypatch.setattr(linear_logprob_reference, "_CACHED_LOGIT_BYTES", chunk_bytes)
     monkeypatch.setattr(linear_logprob_reference, "_LOGIT_ROWS", min(16, chunk_bytes))
     hidden, weight, labels, bias = head(np.random.default_rng(5), *shape, dtype, bias)
@@ -155,26 +155,6 @@ def test_linear_logprob_in_bf16_is_as_good_as_pytorch(frozen):
     triples = zip(*(gradients([out], inputs) for out in (actual, eager, expected)), strict=True)
     for a, e, x in triples:
         assert_as_good_as(a, e, x, "gradient")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("bias", [False, True])
-def test_linear_kl(bias, softcap, dtype, monkeypatch):
-    monkeypatch.setattr(linear_logprob_reference, "_LOGIT_BYTES", 1)
-    rng = np.random.default_rng(7)
-    hidden, weight, _, bias = head(rng, 37, 8, 101, dtype, bias)
-    ref_hidden, ref_weight, _, ref_bias = head(rng, 37, 6, 101, dtype, bias is not None)
-    inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
-    actual = linear_kl(
-        hidden, weight, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias, logit_scale=0.7, softcap=softcap
-    )
-    expected = oracle.kl(
-        oracle.logits(hidden, weight, bias, 0.7, softcap), oracle.logits(ref_hidden, ref_weight, ref_bias, 0.7, softcap)
-    )
-    assert_exact(actual, expected, "kl")
-    for a, e in zip(gradients([actual], inputs), gradients([expected], inputs), strict=True):
-        assert_exact(a, e, "gradient", slack=4)
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -247,17 +227,18 @@ def test_opcheck():
     hidden, weight, labels, bias = head(rng, 9, 8, 33, torch.float32, True)
     for keep_columns in (0, 20, 64):
         arguments = (hidden, weight, labels, bias, 0.5, None, "trained_head", keep_columns, "reference")
-        torch.library.opcheck(ops.head._linear_logprob, arguments)
+        torch.library.opcheck(ops.logprob._linear_logprob, arguments)
     constants = (weight.detach(), labels, None, 1.0, 2.0)
-    torch.library.opcheck(ops.head._linear_logprob, (hidden, *constants, "frozen_head", 0, "reference"))
-    torch.library.opcheck(ops.head._linear_logprob, (hidden.detach(), *constants, "no_grad", 0, "reference"))
-    reference_head = (hidden.detach() + 1, weight.detach() + 1, None)
-    torch.library.opcheck(ops.head._linear_kl, (hidden, weight, bias, *reference_head, 1.0, None, "reference"))
+    torch.library.opcheck(ops.logprob._linear_logprob, (hidden, *constants, "frozen_head", 0, "reference"))
+    torch.library.opcheck(ops.logprob._linear_logprob, (hidden.detach(), *constants, "no_grad", 0, "reference"))
     tokens = torch.randn(packed.labels.numel(), requires_grad=True)
-    table = ops.infonce._group_table(packed.shapes, torch.device("cpu"))
+    shapes, table, *_ = ops.infonce._groups(packed.shapes, torch.device("cpu"))
     for backend in INFONCE_BACKENDS:
-        arguments = (tokens, packed.offsets, torch.tensor(packed.shapes), table, packed.positives, "mean", backend)
+        arguments = (tokens, packed.offsets, shapes, table, packed.positives, "mean", backend)
         torch.library.opcheck(ops.infonce._segment_infonce, arguments)
+        grads = torch.randn(1), torch.randn(packed.offsets.numel() - 1)
+        arguments = (*grads, packed.offsets, shapes, table, tokens.numel(), backend)
+        torch.library.opcheck(ops.infonce._segment_infonce_backward, arguments)
 
 
 @pytest.mark.parametrize("backend", INFONCE_BACKENDS)
@@ -342,8 +323,6 @@ def test_bad_arguments_are_refused_by_name():
     for message, (a, b, c, options) in bad_head.items():
         with pytest.raises(ValueError, match=message):
             linear_logprob(a, b, c, **options)
-    with pytest.raises(ValueError, match=r"ref_weight: expected V = 5, got 4"):
-        linear_kl(hidden, weight, hidden, weight[:4])
     tokens = torch.zeros(4)
     offsets, positives = torch.arange(5), torch.arange(2)
     bad_infonce = {
@@ -368,7 +347,6 @@ def test_autocast_rounds_nothing_inside_the_ops():
         "fused attention": (lambda: prefix_attention(q, k, v, packed.plan), (q, k, v)),
         "attention by blocks": (lambda: prefix_attention(q, k, v, packed.plan, window=4, softcap=2.0), (q, k, v)),
         "logprob": (lambda: linear_logprob(hidden, weight, labels, bias=bias), (hidden, weight, bias)),
-        "kl": (lambda: linear_kl(hidden, weight, hidden.detach() + 1, weight.detach()), (hidden, weight)),
     }
     for name, (call, inputs) in calls.items():
         plain = call()

@@ -7,7 +7,6 @@ import itertools
 import os
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +14,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from peak_memory import PeakMemory
 from tolerance import EXACT, assert_as_good_as, assert_exact, relative_error
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sami_fast import linear_logprob, ops
 
@@ -130,8 +128,8 @@ def small_blocks(monkeypatch):
     from sami_fast.kernels import configs
 
     def use(rows, columns, keep_bytes=256 << 20):
-        monkeypatch.setattr(configs, "LINEAR_LOGPROB", configs.LogitBlocks(rows, columns, rows * columns))
-        monkeypatch.setattr(ops.head, "_KEEP_BYTES", keep_bytes)
+        monkeypatch.setattr(configs, "LINEAR_LOGPROB", configs.LogitBlocks(rows, columns, rows * columns, 1024, 16))
+        monkeypatch.setattr(ops.logprob, "_KEEP_BYTES", keep_bytes)
 
     torch.use_deterministic_algorithms(True)
     yield use
@@ -173,7 +171,7 @@ def test_features_pairwise(case, small_blocks):
 @pytest.mark.parametrize("regime", ["no_grad", "frozen_head", "trained_head"])
 def test_shipped_blocks(regime, keep_bytes, monkeypatch):
     """A vocabulary of two blocks, odd, with padding behind what is kept."""
-    monkeypatch.setattr(ops.head, "_KEEP_BYTES", keep_bytes)
+    monkeypatch.setattr(ops.logprob, "_KEEP_BYTES", keep_bytes)
     compare(*head(np.random.default_rng(2), 20, 16, 50257, torch.float16, spread=3.0)[:3], regime=regime)
 
 
@@ -273,9 +271,9 @@ def test_opcheck_and_one_graph(small_blocks):
         (trained, all_options, "trained_head", 64),
     ):
         arguments = (hidden, matrix, labels, *options, regime, keep, "triton")
-        torch.library.opcheck(ops.head._linear_logprob, arguments)
+        torch.library.opcheck(ops.logprob._linear_logprob, arguments)
     constants = (hidden.detach(), weight, labels, *plain, "no_grad", 0, "triton")
-    torch.library.opcheck(ops.head._linear_logprob, constants, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops.logprob._linear_logprob, constants, test_utils=("test_schema", "test_faketensor"))
     for trained in (False, True):
         inputs = [hidden, weight.detach().requires_grad_(trained)]
         step = lambda h, w: linear_logprob(h, w, labels, softcap=3.0, backend="triton")  # noqa: E731
@@ -288,7 +286,7 @@ def test_opcheck_and_one_graph(small_blocks):
 @interpreted
 def test_regimes_are_logged_once_each(caplog):
     hidden, weight, labels, _ = head(np.random.default_rng(8), 3, 8, 50)
-    ops.head._log_regime.cache_clear()
+    ops.logprob._log_regime.cache_clear()
     with caplog.at_level("INFO", "sami_fast.ops"):
         for _ in range(2):
             for regime in ("no_grad", "frozen_head", "trained_head"):
@@ -371,30 +369,6 @@ def test_autocast_rounds_nothing(backend):
 # Memory, on tensors without any
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that are alive at once, but for those of `inputs`."""
-
-    def __init__(self, *inputs):
-        super().__init__()
-        self.known = {t.untyped_storage()._cdata for t in inputs if t is not None}
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
-                storage = tensor.untyped_storage()
-                self.known.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        return out
-
-    def _forget(self, key, size):
-        self.known.discard(key)
-        self.live -= size
-
-
 @compiled
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
@@ -403,6 +377,7 @@ class PeakMemory(TorchDispatchMode):
 )
 @pytest.mark.parametrize(("N", "H", "V"), [(8192, 2048, 128256), (341, 4096, 32000), (5000, 1024, 50257)])
 def test_peak_memory_is_that_of_the_formula(N, H, V, regime, keep_columns, bias, monkeypatch):
+    from sami_fast.kernels import configs
     from sami_fast.kernels import linear_logprob as kernels
     from sami_fast.kernels.launch import Call
 
@@ -412,7 +387,7 @@ def test_peak_memory_is_that_of_the_formula(N, H, V, regime, keep_columns, bias,
     bias = make(V) if bias else None
     with PeakMemory(hidden, weight, labels, bias) as memory:
         outputs = kernels.linear_logprob_forward(hidden, weight, labels, bias, 1.0, None, regime, keep_columns)
-    block = kernels.Head.prepare(N, weight, labels, bias, 1.0, None, keep_columns)
+    block = kernels.Head.prepare(N, weight, labels, bias, 1.0, None, configs.LINEAR_LOGPROB, keep_columns)
     R, W, e = block.height, -(-block.width // 128) * 128, 2
     assert R <= 4096 and R * W <= 1 << 25
     kept_blocks = sum(columns.stop <= block.kept for columns in block.columns)
@@ -444,7 +419,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     @pytest.mark.parametrize("shape", [(1, 64, 1), (340, 128, 32000), (5000, 96, 50257), (333, 64, 128256)])
     def test_against_oracle(self, shape, dtype, regime, keep_bytes, monkeypatch):
-        monkeypatch.setattr(ops.head, "_KEEP_BYTES", keep_bytes)
+        monkeypatch.setattr(ops.logprob, "_KEEP_BYTES", keep_bytes)
         N, H, V = shape
         tensors = [t.cuda() for t in head(np.random.default_rng(11), N, H, V, dtype, spread=3.0)]
         compare(*tensors, regime=regime, logit_scale=0.5, softcap=30.0)
@@ -457,7 +432,7 @@ class TestOnGpu:
         check_differences("triton", dtype, V, shape, device="cuda")
 
     def test_default_is_triton_but_for_float64(self, caplog):
-        ops.head._log_regime.cache_clear()
+        ops.logprob._log_regime.cache_clear()
         hidden, weight, labels, _ = (t.cuda() for t in head(np.random.default_rng(12), 3, 16, 100))
         with caplog.at_level("INFO", "sami_fast.ops"):
             linear_logprob(hidden, weight, labels)
@@ -470,7 +445,7 @@ class TestOnGpu:
         rng = np.random.default_rng(13)
         hidden, weight, labels, _ = (t.cuda() for t in head(rng, N, H, V, torch.bfloat16))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ops.head, "_KEEP_BYTES", 6 << 30)
+            patch.setattr(ops.logprob, "_KEEP_BYTES", 6 << 30)
             whole = run(linear_logprob, hidden, weight, labels, None, "trained_head", torch.ones(N).cuda())
         last = slice(N - 100, N)
         part = run(linear_logprob, hidden[last], weight, labels[last], None, "trained_head", torch.ones(100).cuda())

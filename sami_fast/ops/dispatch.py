@@ -1,14 +1,14 @@
 """The one backend switch, and how arguments are refused.
 
 Every op takes `backend`: None picks the best one for the tensors' device, and the choice is logged once.
-Implementations live in `sami_fast.kernels`, are imported on first use, and never import each other.
+Implementations live in `sami_fast.kernels`, are imported on first use; no backend imports another.
 """
 
 import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +29,10 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "triton": "sami_fast.kernels.linear_logprob",
         "reference": "sami_fast.kernels.linear_logprob_reference",
     },
-    "linear_kl": {"reference": "sami_fast.kernels.linear_logprob_reference"},
+    "linear_statistics": {
+        "triton": "sami_fast.kernels.linear_statistics",
+        "reference": "sami_fast.kernels.linear_statistics_reference",
+    },
     "segment_infonce": {
         "cuda": "sami_fast.kernels.segment_infonce_cuda",
         "triton": "sami_fast.kernels.segment_infonce",
@@ -100,13 +103,23 @@ def run(op: str, direction: str, backend: str, arguments: tuple) -> Any:
     """An implementation's work, in its own dtypes: autocast would round what it multiplies to 16 bits."""
     device_type = arguments[0].device.type
     function = getattr(load(op, backend, device_type), f"{op}_{direction}")
+    if not torch.is_autocast_enabled(device_type):
+        return function(*arguments)
     with torch.autocast(device_type, enabled=False):
         return function(*arguments)
 
 
-def expect(condition: bool, name: str, expected: str, got: object, backend: str | None = None) -> None:
-    """ValueError unless the condition holds; `backend` for what only that one expects."""
+def expect(
+    condition: bool, name: str, expected: str | Callable[[], str], got: object, backend: str | None = None
+) -> None:
+    """ValueError unless the condition holds; `backend` for what only that one expects.
+
+    Words with a size in them come as a function, tensors as they are: in compiled code a size that is printed is a
+    constant, so nothing is put into words before it is needed.
+    """
     if not condition:
+        expected = expected() if callable(expected) else expected
+        got = describe(got) if isinstance(got, torch.Tensor) else got
         what = expected if backend is None else f"{expected} for backend {backend!r}"
         raise ValueError(f"{name}: expected {what}, got {got}")
 
@@ -122,9 +135,9 @@ def describe(tensor: torch.Tensor) -> str:
 
 def expect_like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:
     good = tuple(tensor.shape) == shape and tensor.dtype == like.dtype and tensor.device == like.device
-    expect(good, name, f"{like.dtype} {list(shape)} on {like.device}", describe(tensor))
+    expect(good, name, lambda: f"{like.dtype} {list(shape)} on {like.device}", tensor)
 
 
 def expect_index(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     good = tuple(tensor.shape) == shape and tensor.dtype == torch.int64 and tensor.device == device
-    expect(good, name, f"torch.int64 {list(shape)} on {device}", describe(tensor))
+    expect(good, name, lambda: f"torch.int64 {list(shape)} on {device}", tensor)

@@ -1,28 +1,15 @@
-"""What a model's head says of labels: log-probabilities and KL, registered with `torch.library`."""
+"""Log-probabilities of labels by a model's head, registered with `torch.library`."""
 
 import functools
 import logging
 
 import torch
 
-from sami_fast.ops.dispatch import (
-    describe,
-    expect,
-    expect_index,
-    expect_like,
-    resolve,
-    run,
-    triton_or_reference,
-    wide_dtype,
-)
+from sami_fast.ops.dispatch import describe, expect, expect_index, expect_like, run, triton_or_reference, wide_dtype
 
 logger = logging.getLogger(__name__)
 
 _KEEP_BYTES = 256 << 20  # logits or probabilities kept between forward and backward of a head that trains
-
-# --------------------------------------------------------------------------------------------------------------------
-# linear_logprob
-
 
 _REGIMES = {
     "no_grad": "no gradient is needed, nothing is kept",
@@ -129,7 +116,7 @@ def _linear_logprob_autograd(ctx, grad_logprob, *_):
 _linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linear_logprob_setup)
 
 
-def _expect_head(name: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def expect_head(name: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     expect(hidden.dim() == 2, f"{name}hidden", "[N, H]", describe(hidden))
     expect(hidden.is_floating_point(), f"{name}hidden", "a floating-point dtype", hidden.dtype)
     expect(weight.dim() == 2, f"{name}weight", "[V, H]", describe(weight))
@@ -174,7 +161,7 @@ def linear_logprob(
     Raises:
         ValueError: a shape, dtype, device or backend that does not fit, by name.
     """
-    _expect_head("", hidden, weight, bias)
+    expect_head("", hidden, weight, bias)
     expect_index("labels", labels, (hidden.shape[0],), hidden.device)
     expect(softcap is None or softcap > 0, "softcap", "a positive number or None", softcap)
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -185,102 +172,3 @@ def linear_logprob(
     elif torch.is_grad_enabled() and hidden.requires_grad:
         regime = "frozen_head"
     return _linear_logprob(hidden, weight, labels, bias, float(logit_scale), softcap, regime, keep_columns, name)[0]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# linear_kl
-
-
-@torch.library.custom_op("sami_fast::linear_kl", mutates_args=())
-def _linear_kl(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    ref_bias: torch.Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    backend: str,
-) -> torch.Tensor:
-    arguments = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, logit_scale, softcap)
-    return run("linear_kl", "forward", backend, arguments)
-
-
-@_linear_kl.register_fake
-def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, logit_scale, softcap, backend):
-    return hidden.new_empty(hidden.shape[0], dtype=wide_dtype(hidden))
-
-
-@torch.library.custom_op("sami_fast::linear_kl_backward", mutates_args=())
-def _linear_kl_backward(
-    grad_kl: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    ref_bias: torch.Tensor | None,
-    kl: torch.Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    arguments = (grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl, logit_scale, softcap)
-    return run("linear_kl", "backward", backend, arguments)
-
-
-@_linear_kl_backward.register_fake
-def _(grad_kl, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl, logit_scale, softcap, backend):
-    return _fake_head_gradients(hidden, weight, bias)
-
-
-def _linear_kl_setup(ctx, inputs, output):
-    *tensors, ctx.logit_scale, ctx.softcap, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output)
-
-
-def _linear_kl_autograd(ctx, grad_kl):
-    grad_hidden, grad_weight, grad_bias = _linear_kl_backward(
-        grad_kl, *ctx.saved_tensors, ctx.logit_scale, ctx.softcap, ctx.backend
-    )
-    has_bias = ctx.saved_tensors[2] is not None
-    return grad_hidden, grad_weight, grad_bias if has_bias else None, None, None, None, None, None, None
-
-
-_linear_kl.register_autograd(_linear_kl_autograd, setup_context=_linear_kl_setup)
-
-
-def linear_kl(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    ref_bias: torch.Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    backend: str | None = None,
-) -> torch.Tensor:
-    """KL(p || p_ref) of each row over the whole vocabulary, without N x V in memory; the reference is a constant.
-
-    Args:
-        hidden, weight, bias: [N, H], [V, H], [V] of the policy.
-        ref_hidden, ref_weight, ref_bias: [N, H'], [V, H'], [V] of the reference model.
-        logit_scale, softcap: as in `linear_logprob`, the same for both.
-
-    Returns:
-        [N] nats, float32 (float64 for float64).
-
-    Raises:
-        ValueError: a shape, dtype, device or backend that does not fit, by name.
-    """
-    _expect_head("", hidden, weight, bias)
-    _expect_head("ref_", ref_hidden, ref_weight, ref_bias)
-    expect(ref_hidden.shape[0] == hidden.shape[0], "ref_hidden", f"{hidden.shape[0]} rows", ref_hidden.shape[0])
-    expect(ref_weight.shape[0] == weight.shape[0], "ref_weight", f"V = {weight.shape[0]}", ref_weight.shape[0])
-    expect(softcap is None or softcap > 0, "softcap", "a positive number or None", softcap)
-    reference = [None if t is None else t.detach() for t in (ref_hidden, ref_weight, ref_bias)]
-    name = resolve("linear_kl", backend, hidden.device)
-    return _linear_kl(hidden, weight, bias, *reference, float(logit_scale), softcap, name)

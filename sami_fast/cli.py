@@ -68,7 +68,7 @@ The whole of SAMI: queries, constitutions, responses, training and evaluation, f
   model:          {name: mistralai/Mistral-7B-v0.1}
   task:           {name: tldr}                      # tldr, hh, or generic with source: queries.jsonl
   constitutions:  {principles: principles.json}     # or pairs: in the format published with the paper
-  generation:     {max_new_tokens: 200, temperature: 1.0, backend: transformers}      # or vllm
+  generation:     {max_new_tokens: 200, temperature: 1.0, backend: transformers}      # continuous, vllm
   iterations:     {count: 3, queries: 2000, held_out: 128, start: base}               # or previous
   training:       {learning_rate: 5e-7, save_steps: 32}
   evaluation:     {queries: 64}
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "filelock", "fsspec"):
+    for noisy in ("httpx", "httpx2", "filelock", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     commands = {
         "run": _run,
@@ -126,6 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"sami-fast {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        if options.traceback:
+            raise
+        print(f"sami-fast {options.command}: stopped", file=sys.stderr)
+        return 130  # as shells say it
     return 0
 
 
@@ -205,7 +210,7 @@ def _read(options: argparse.Namespace, sections: Sequence[str]) -> dict:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from sami_fast.config import read_run_config
+    from sami_fast.run_config import read_run_config
 
     config = read_run_config(options.config, options.overrides)  # before seconds of imports
     from sami_fast.pipeline import run_pipeline
@@ -229,7 +234,9 @@ def _write_principles(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from sami_fast.config import DataConfig, ModelConfig, build, load_model
-    from sami_fast.data import GroupDataset, PromptTemplate, load_examples, train_test_split
+    from sami_fast.data import GroupDataset, train_test_split
+    from sami_fast.examples import load_examples
+    from sami_fast.prompts import PromptTemplate
     from sami_fast.report import write_json
     from sami_fast.trainer import SamiConfig, SamiTrainer
 
@@ -276,9 +283,11 @@ def _score(options: argparse.Namespace) -> None:
     from rich.progress import track
 
     from sami_fast.config import DataConfig, ModelConfig, build, load_model
-    from sami_fast.data import GroupDataset, PromptTemplate, load_examples
+    from sami_fast.data import GroupDataset
     from sami_fast.evaluate_command import print_intervals
     from sami_fast.evaluation import score_groups, summarize
+    from sami_fast.examples import load_examples
+    from sami_fast.prompts import PromptTemplate
     from sami_fast.report import draw_heat_maps, write_json_lines
     from sami_fast.scoring import check_model
 

@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sami_fast.config import read_run_config
-from sami_fast.data import GroupDataset, load_examples
-from sami_fast.evaluation import METRICS, padded_infonce, padded_matrix
+from sami_fast.data import GroupDataset
+from sami_fast.evaluation import padded_infonce, padded_matrix
+from sami_fast.examples import load_examples
 from sami_fast.losses import infonce_loss
 from sami_fast.pipeline import Pipeline
 from sami_fast.prefix_tree import Group, pack
@@ -28,7 +28,8 @@ from sami_fast.report import (
     write_json_lines,
     write_text,
 )
-from sami_fast.run_results import read_scores
+from sami_fast.run_config import read_run_config
+from sami_fast.run_results import METRIC_LABELS, read_scores
 from sami_fast.scoring import score
 from sami_fast.stages import outputs_digest, read_manifest
 from sami_fast.win_rate import SHARES
@@ -239,9 +240,9 @@ def _print(console: Console, metrics: dict[str, Any], output: Path) -> None:
     table = Table(title=f"{metrics['groups']['held_out']} held-out groups, mean (95 % bootstrap interval)")
     for heading in ("metric", *columns):
         table.add_column(heading)
-    for name in METRICS:
+    for name, label in METRIC_LABELS.items():
         cells = [column[name] for column in columns.values()]
-        table.add_row(name, *(f"{cell['mean']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})" for cell in cells))
+        table.add_row(label, *(f"{cell['mean']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})" for cell in cells))
     console.print(table)
     if win_rates := metrics.get("win_rates"):
         _print_win_rates(console, win_rates)

@@ -43,12 +43,12 @@ class Endpoint:
         timeout: float = 60.0,
         max_retries: int = 5,
     ) -> None:
-        if not model:
+        if not isinstance(model, str) or not model:
             raise ValueError(f"model: expected the name of a model, got {model!r}")
-        if timeout <= 0:
-            raise ValueError(f"timeout: expected more than 0 seconds, got {timeout}")
-        if max_retries < 0:
-            raise ValueError(f"max_retries: expected at least 0, got {max_retries}")
+        if type(timeout) not in (int, float) or not timeout > 0:
+            raise ValueError(f"timeout: expected more than 0 seconds, got {timeout!r}")
+        if type(max_retries) is not int or max_retries < 0:
+            raise ValueError(f"max_retries: expected an int of at least 0, got {max_retries!r}")
         try:
             import openai
         except ImportError:

@@ -8,11 +8,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from sami_fast.comparison import compare_files
 from sami_fast.config import ModelConfig, load_model
-from sami_fast.data import GroupDataset, PromptTemplate, load_examples
+from sami_fast.data import GroupDataset
 from sami_fast.endpoint import Endpoint
 from sami_fast.evaluation import score_groups, summarize, summarize_lengths
-from sami_fast.judge import EndpointJudge, LocalJudge, compare_files
+from sami_fast.examples import load_examples
+from sami_fast.judge import EndpointJudge, LocalJudge
+from sami_fast.model_store import ModelStore, weights_digest
+from sami_fast.prompts import PromptTemplate
 from sami_fast.report import write_json
 from sami_fast.scoring import check_model
 from sami_fast.win_rate import SHARES
@@ -71,8 +75,10 @@ def _evaluate_responses(options: argparse.Namespace, model_config: ModelConfig |
     else:
         model, tokenizer = load_model(model_config)
         check_model(model)
-        name = options.judge if options.adapter is None else f"{options.judge} with {options.adapter}"
-        judge = LocalJudge(model, tokenizer, name, max_tokens=options.max_tokens)
+        parts = [part for part in (options.judge, options.adapter) if part is not None]
+        store = ModelStore(ModelConfig(options.judge))
+        weights = " with ".join([weights_digest(store.digest(parts[0]), model), *map(store.digest, parts[1:])])
+        judge = LocalJudge(model, tokenizer, " with ".join(parts), weights=weights, max_tokens=options.max_tokens)
     output = options.output or "win_rate.json"
     files = (options.responses, options.against)
     result = compare_files(*files, judge, output, template=options.template, limit=options.limit)

@@ -107,7 +107,7 @@ def iter_responses(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size, stop=stop
     )
     jobs, stop = plan(tokenizer, prompts, num_return_sequences, limit=limit, seed=seed, done=done, **sampling)
-    eos = _eos_ids(model, tokenizer)
+    eos = eos_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos), 0)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -271,8 +271,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int]) -> 
     return list(tokenizer(prompt, add_special_tokens=not has_bos).input_ids)
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    of_model = model.generation_config.eos_token_id
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """End-of-sequence tokens of the model's generation settings and of the tokenizer."""
+    return merge_eos_ids(model.generation_config.eos_token_id, tokenizer)
+
+
+def merge_eos_ids(of_model: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Those of a model's settings, one, several or none, and the tokenizer's."""
     ids = [of_model] if isinstance(of_model, int) else list(of_model or ())
     return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 

@@ -14,6 +14,12 @@ from sami_fast.config import ModelConfig, load_model
 from sami_fast.stages import digest, outputs_digest, read_manifest
 
 
+def weights_digest(found: str, model: Any) -> str:
+    """`ModelStore.digest` of a loaded model; one of the hub is told by the commit that was loaded, beside its name."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return f"{found}@{commit}" if commit else found
+
+
 class ModelStore:
     """Loads models, and keeps the last one until another is asked for.
 

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import yaml
 
-from sami_fast.config import RunConfig, build
+from sami_fast.config import build
 from sami_fast.constitutions import (
     Constitution,
     load_constitution_pairs,
@@ -43,15 +43,18 @@ from sami_fast.constitutions import (
     sample_constitutions,
     shuffle_principles,
 )
-from sami_fast.data import Example, GroupDataset, PromptTemplate, load_examples, prompt_ids, response_ids
+from sami_fast.data import GroupDataset
 from sami_fast.evaluation import GroupResult, score_groups, summarize
-from sami_fast.generation import Generated, filter_responses, iter_responses
+from sami_fast.examples import Example, load_examples
 from sami_fast.model_store import ModelStore
 from sami_fast.prefix_tree import pack_within
+from sami_fast.prompts import PromptTemplate
 from sami_fast.report import read_json_lines, write_json, write_json_lines, write_text
-from sami_fast.run_judge import RunJudge
+from sami_fast.run_config import RunConfig
+from sami_fast.run_judge import VERDICTS, RunJudge
+from sami_fast.run_responses import NoGroupsError, Responses
 from sami_fast.run_results import judge_rows, paired_change, read_scores
-from sami_fast.stages import JsonLinesLog, Run, StageError, digest, outputs_digest, read_manifest
+from sami_fast.stages import Run, digest, outputs_digest, read_manifest
 from sami_fast.tasks import find_task, load_queries
 from sami_fast.trainer import SamiConfig, SamiTrainer
 
@@ -91,7 +94,7 @@ class Pipeline:
         self.run = Run(config.output)
         self.task = find_task(config.task)
         self.template = self._load_template(self.task.template)
-        self.generation_template = self._load_template(self.task.generation_template or self.task.template)
+        generation_template = self._load_template(self.task.generation_template or self.task.template)
         self.principles, self.pairs = [], []
         if config.constitutions.pairs is not None:
             self.pairs = load_constitution_pairs(config.constitutions.pairs)
@@ -101,6 +104,7 @@ class Pipeline:
         self._training("unused")
         self._lora()
         self.models = ModelStore(config.model)
+        self.responses = Responses(config, self.task, generation_template, self.models)
         self.judge = None if config.judge is None else RunJudge(config.judge, self.models)
 
     def stages(self) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -193,110 +197,31 @@ class Pipeline:
 
     # Responses
 
-    def _sampling_inputs(self, number: int, model: str) -> dict[str, Any]:
-        """What sampled responses depend on. Batch sizes and devices are not among it."""
-        settings = self.config.generation
-        names = ("backend", "max_new_tokens", "temperature", "top_p")
-        return {
-            "seed": self.config.seed,
-            "model": self.models.digest(model),
-            "dtype": self.config.model.dtype,
-            "constitutions": self._output(f"iteration-{number}/constitutions", "constitutions.jsonl"),
-            "generation": {name: getattr(settings, name) for name in names},
-            "template": {"text": self.generation_template.text, "chat": self.generation_template.chat},
-            "response_prefix": self.task.response_prefix,
-            "stop": self.task.stop,
-        }
-
-    def _filter_inputs(self) -> dict[str, Any]:
-        settings = self.config.generation
-        markers = [*self.task.markers, *settings.markers]
-        return {"trim": settings.trim, "drop_unfinished": settings.drop_unfinished, "markers": markers}
-
     def _generate(self, number: int) -> None:
         """Responses to the slice of an iteration, from the model of the iteration before."""
         model, samples = self._model_after(max(number - 1, 0)), self.config.generation.responses
 
         def work(folder: Path) -> dict[str, Any]:
             rows = self._rows(number)
-            generated = self._respond(folder, rows, model, samples)
+            generated = self.responses.sample(folder, rows, model, samples)
             asked = len({response["id"] for response in generated})
             return {"queries": len(rows), "too_long": len(rows) - asked, "responses": len(generated)}
 
-        self.run.stage(
-            f"iteration-{number}/generation", self._sampling_inputs(number, model) | {"responses": samples}, work
-        )
+        inputs = self._sampling_inputs(number, model) | {"responses": samples}
+        self.run.stage(f"iteration-{number}/generation", inputs, work)
+
+    def _sampling_inputs(self, number: int, model: str) -> dict[str, Any]:
+        constitutions = self._output(f"iteration-{number}/constitutions", "constitutions.jsonl")
+        return self.responses.inputs(model) | {"constitutions": constitutions}
 
     def _rows(self, number: int) -> list[dict[str, Any]]:
         path = self.run.folder / f"iteration-{number}" / "constitutions" / "constitutions.jsonl"
         return [row for _, row in read_json_lines(path)]
 
-    def _respond(self, folder: Path, rows: Sequence[dict], model: str, samples: int) -> list[dict[str, Any]]:
-        """Rows of generated.jsonl, those that are there already and the rest, in the order of the queries."""
-        log = JsonLinesLog(folder / "generated.jsonl")
-        known = {(row["id"], row["constitution"], row["sample"]) for row in log.rows}
-        tokenizer, limit = self.models.tokenizer(model), self.models.positions(model)
-        keys, prompts = [], []
-        for row in rows:
-            ids = [self._prompt(tokenizer, row["query"], text) for text in row["generation"]]
-            if limit is not None and max(map(len, ids)) + self.config.generation.max_new_tokens > limit:
-                logger.info("query %s: left out, too long for the model's %d positions", row["id"], limit)
-                continue
-            keys += [(row["id"], j) for j in range(len(ids))]
-            prompts += ids
-        done = {(p, s) for p, (id, j) in enumerate(keys) for s in range(samples) if (id, j, s) in known}
-        if done:
-            logger.info("%s: %d of %d responses are there already", folder, len(done), samples * len(keys))
-        if len(done) < samples * len(keys):
-            for batch in self._sample(model, prompts, samples, done):
-                log.append([self._row(tokenizer, *keys[response.prompt], response) for response in batch])
-        order = {key: place for place, key in enumerate(keys)}
-        return sorted(log.rows, key=lambda row: (order[row["id"], row["constitution"]], row["sample"]))
-
-    def _prompt(self, tokenizer: Any, query: str, constitution: str) -> list[int]:
-        ids = prompt_ids(tokenizer, self.generation_template, query, constitution)
-        if self.task.response_prefix:
-            ids = ids + response_ids(tokenizer, self.generation_template, self.task.response_prefix)
-        return ids
-
-    def _row(self, tokenizer: Any, id: str, constitution: int, response: Generated) -> dict[str, Any]:
-        """A row of generated.jsonl; its text has the words that the response was made to start with."""
-        prefix, text = self.task.response_prefix, response.text
-        if prefix and response.token_ids:
-            ids = response_ids(tokenizer, self.generation_template, prefix)
-            joined = tokenizer.decode([*ids, response.token_ids[0]])[len(tokenizer.decode(ids)) :]
-            if joined[:1].isspace() and not text[:1].isspace():  # some tokenizers drop a space at the start of a text
-                text = joined[0] + text
-        row = {"id": id, "constitution": constitution, "sample": response.sample}
-        return row | {"text": (prefix + text).strip(), "finished": response.finished}
-
-    def _sample(self, model: str, prompts: list[list[int]], samples: int, done: set) -> Iterator[list[Generated]]:
-        settings = self.config.generation
-        options = dict(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            batch_size=settings.batch_size,
-            seed=self.config.seed,
-            num_return_sequences=samples,
-            stop=list(self.task.stop),
-            done=done,
-        )
-        if settings.backend == "transformers":
-            yield from iter_responses(*self.models.get(model), prompts, **options)
-            return
-        from sami_fast.vllm_generation import VllmEngine
-
-        loading = dict(dtype=self.models.dtype, trust_remote_code=self.config.model.trust_remote_code)
-        self.models.drop()  # the memory is the engine's now
-        path = self.models.path(model)
-        with VllmEngine(path, self.models.tokenizer(model), options=settings.vllm, **loading) as engine:
-            yield from engine.iter_responses(prompts, **options)
-
     def _groups(self, number: int) -> None:
         """Groups of what the filters leave."""
         part = f"iteration-{number}"
-        inputs = self._filter_inputs() | {
+        inputs = self.responses.filter_inputs() | {
             "constitutions": self._output(f"{part}/constitutions", "constitutions.jsonl"),
             "generated": self._output(f"{part}/generation", "generated.jsonl"),
         }
@@ -304,43 +229,19 @@ class Pipeline:
         def work(folder: Path) -> dict[str, Any]:
             rows = self._rows(number)
             generated = [row for _, row in read_json_lines(self.run.folder / part / "generation" / "generated.jsonl")]
-            examples, counts = self._filter(rows, generated)
+            examples, counts = self.responses.filter(rows, generated)
+            asked = len({response["id"] for response in generated})
             if not examples:
-                raise StageError(f"{folder}: no group is left of {len(rows)} queries; filters: {counts}")
+                raise NoGroupsError(str(folder), len(rows), len(rows) - asked, counts)
             write_json_lines(
                 folder / "groups.jsonl",
                 [{k: v for k, v in asdict(example).items() if v is not None} for example in examples],
             )
             logger.info("%s: %d groups of %d queries", part, len(examples), len(rows))
-            return {"queries": len(rows), "groups": len(examples), "filters": counts}
+            one_sided = asked - len(examples)  # with responses left under one constitution, or under none
+            return {"queries": len(rows), "groups": len(examples), "one_sided": one_sided, "filters": counts}
 
         self.run.stage(f"{part}/responses", inputs, work)
-
-    def _filter(self, rows: Sequence[dict], generated: Sequence[dict]) -> tuple[list[Example], dict[str, int]]:
-        """Groups, without the constitutions that no response is left of, and the filters' counts."""
-        answers: dict[str, list[dict]] = {row["id"]: [] for row in rows}
-        for response in generated:
-            answers[response["id"]].append(response)
-        rows = [row for row in rows if answers[row["id"]]]
-        groups = [
-            sorted(answers[row["id"]], key=lambda response: (response["constitution"], response["sample"]))
-            for row in rows
-        ]
-        filtered = filter_responses(
-            [[response["text"] for response in group] for group in groups],
-            [[response["constitution"] for response in group] for group in groups],
-            finished=[[response["finished"] for response in group] for group in groups],
-            **self._filter_inputs(),
-        )
-        examples = []
-        for row, group, texts in zip(rows, groups, filtered.texts, strict=True):
-            kept = [(r["constitution"], text) for r, text in zip(group, texts, strict=True) if text is not None]
-            under = sorted({constitution for constitution, _ in kept})
-            if len(under) >= 2:
-                constitutions = [row["training"][j] for j in under]
-                positives = [under.index(j) for j, _ in kept]
-                examples.append(Example(row["id"], row["query"], constitutions, [t for _, t in kept], positives))
-        return examples, filtered.counts
 
     # Training
 
@@ -416,19 +317,19 @@ class Pipeline:
             "generated": self._output("iteration-0/generation", "generated.jsonl"),
             "training_template": {"text": self.template.text, "chat": self.template.chat},
             "evaluation": {"queries": settings.queries, "normalize": settings.normalize},
-            "filters": self._filter_inputs(),
+            "filters": self.responses.filter_inputs(),
         }
 
         def work(folder: Path) -> dict[str, Any]:
             rows = self._rows(0)[: settings.queries]
-            generated = self._respond(folder, rows, model, 1) if number else self._first_responses(rows)
+            generated = self.responses.sample(folder, rows, model, 1) if number else self._first_responses(rows)
             write_json_lines(folder / "responses.jsonl", judge_rows(rows, generated))
             results = self._score(model, self._held_out())
             write_json_lines(folder / "scores.jsonl", [result.as_json() for result in results])
             metrics = {"iteration": number, "held_out": summarize(results)}
             if number:
                 metrics["change"] = paired_change(read_scores(self.run.folder / "iteration-0"), results)
-                own, counts = self._filter(rows, generated)
+                own, counts = self.responses.filter(rows, generated)
                 metrics |= {"own": summarize(self._score(model, own)) if own else None, "own_filters": counts}
             write_json(folder / "metrics.json", metrics)
             logger.info("%s: held-out MI %.4f nats", part, metrics["held_out"]["mutual_information"]["mean"])
@@ -451,7 +352,11 @@ class Pipeline:
         sides = {"responses": f"iteration-{number}/evaluation", "against": "iteration-0/evaluation"}
         inputs = {side: self._output(stage, "responses.jsonl") for side, stage in sides.items()} | self.judge.inputs()
         files = [self.run.folder / stage / "responses.jsonl" for stage in sides.values()]
-        self.run.stage(f"iteration-{number}/judge", inputs, lambda folder: self.judge.compare(*files, folder))
+
+        def work(folder: Path) -> dict[str, Any]:
+            return self.judge.compare(*files, folder)
+
+        self.run.stage(f"iteration-{number}/judge", inputs, work, keep=(VERDICTS,))
 
     def _score(self, name: str, examples: Sequence[Example]) -> list[GroupResult]:
         model, tokenizer = self.models.get(name)

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sami_fast.config import ModelConfig, build, load_model
+from sami_fast.config import ModelConfig, build, check_count, check_number, load_model
 from sami_fast.constitutions import Principle, read_principles
-from sami_fast.data import TEMPLATES
+from sami_fast.prompts import TEMPLATES, fill, read_template
 from sami_fast.report import write_json
 
 if TYPE_CHECKING:
@@ -142,6 +142,11 @@ def write_from_config(values: Mapping[str, Any]) -> Written:
     if "endpoint" in values and "model" in values:
         raise ValueError("endpoint, model: expected one of them, got both")
     options = {key: values[key] for key in ("attempts", "max_tokens", "temperature", "seed") if key in values}
+    for name in ("attempts", "max_tokens"):
+        check_count(name, options.get(name, 1))
+    check_number("temperature", options.get("temperature", 0))
+    if type(options.get("seed", 0)) is not int:
+        raise ValueError(f"seed: expected an int, got {options['seed']!r}")
     attributes = values.get("attributes")
     _check(values["task"], attributes, options.get("attempts", 1))
     if "endpoint" in values:
@@ -156,7 +161,8 @@ def write_from_config(values: Mapping[str, Any]) -> Written:
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _DECORATION = re.compile(r"^(?:[\s>#*_`•–-]+|\(?\d{1,2}[.):]\s+)+")
 _LABEL = re.compile(
-    r"^(?:the\s+)?(?:principle|antithesis|opposite|answer|response)\s*(?:\d+\s*)?(?::|is:|would be:)\s*", re.I
+    r"^(?:the\s+)?(?:principle|antithesis|opposite|answer|response|prompt|rule)\s*(?:\d+\s*)?(?::|is:|would be:)\s*",
+    re.I,
 )
 _CHATTER = re.compile(
     r"^(?:sure|certainly|of course|absolutely|ok(?:ay)?|here(?:'s|’s| is| are))\b[^.:!]*(?:[.:!]\s*|$)"
@@ -216,5 +222,4 @@ def _key(text: str) -> str:
 
 
 def _render(name: str, **texts: str) -> str:
-    template = (TEMPLATES / "principles" / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
-    return re.sub(r"\{(\w+)\}", lambda match: texts[match[1]], template)
+    return fill(read_template(name, TEMPLATES / "principles")[1], texts)

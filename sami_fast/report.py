@@ -118,13 +118,14 @@ def draw_training_curve(
     figure = _figure(6.4, 3.8)
     axis = figure.subplots()
     axis.plot(steps, training, marker=".", alpha=0.7, label="training groups of the step")
-    axis.plot(held_out_steps, held_out, marker="o", linewidth=2, label="held-out groups")
+    if held_out_steps:
+        axis.plot(held_out_steps, held_out, marker="o", linewidth=2, label="held-out groups")
     if limit is not None:
         axis.axhline(limit, linestyle=":", color="grey", label=f"upper limit, {limit:.2f}")
     axis.axhline(0.0, linewidth=0.5, color="black")
     axis.set_xlabel("optimiser step")
     axis.set_ylabel("mutual information (nats)")
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)  # inside it would hide what it explains
     write_atomically(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 
@@ -157,5 +158,5 @@ def draw_iterations(
     axis.set_xticks(list(numbers))
     axis.set_xlabel("iteration")
     axis.set_ylabel("mutual information (nats)")
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)  # inside it would hide what it explains
     write_atomically(path, lambda file: figure.savefig(file, dpi=130, format="png"))

@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sami_fast.config import JudgeConfig, ModelConfig, load_model
+from sami_fast.comparison import JudgeTemplate, compare_files
+from sami_fast.config import ModelConfig, load_model
 from sami_fast.endpoint import Endpoint
-from sami_fast.judge import EndpointJudge, Judge, JudgeTemplate, LocalJudge, compare_files
-from sami_fast.model_store import ModelStore
+from sami_fast.judge import EndpointJudge, Judge, LocalJudge, read_letters
+from sami_fast.model_store import ModelStore, weights_digest
+from sami_fast.run_config import JudgeConfig
 from sami_fast.scoring import check_model
 
 logger = logging.getLogger(__name__)
+
+# Each line holds a key of the judge and the whole question, so the file outlives a change of the stage's inputs.
+VERDICTS = "win_rate.verdicts.jsonl"
 
 
 class RunJudge:
@@ -24,7 +29,7 @@ class RunJudge:
         models: of the run; a local judge takes their place in memory, and runs on the same device.
 
     Raises:
-        ValueError: a wrong setting or template, or no such model.
+        ValueError: a wrong setting or template, no such model, or one whose tokenizer cannot tell the answers apart.
         EndpointError: the package openai or the endpoint's key is missing.
     """
 
@@ -37,8 +42,13 @@ class RunJudge:
         else:
             try:
                 models.positions(config.model)
+                tokenizer = models.tokenizer(config.model)
             except (OSError, ValueError) as error:
                 raise ValueError(f"judge.model: expected a causal LM, got {config.model!r}: {error}") from None
+            try:
+                read_letters(tokenizer)
+            except ValueError as error:
+                raise ValueError(f"judge.model: {config.model!r} cannot be asked: {error}") from None
         self.template = (self._remote or LocalJudge).template if config.template is None else config.template
         self._text = JudgeTemplate.load(self.template).text
 
@@ -51,7 +61,7 @@ class RunJudge:
         return {"judge": who, "template": self._text, "max_pairs": self.config.max_pairs}
 
     def compare(self, responses: Path, against: Path, folder: Path) -> dict[str, Any]:
-        """Write win_rate.json and the verdicts to a stage's folder; verdicts that are there are not asked for again.
+        """Write win_rate.json and `VERDICTS` to a stage's folder; verdicts that are there are not asked for again.
 
         Raises:
             As `compare_files`.
@@ -69,4 +79,5 @@ class RunJudge:
         name, device = self.models.path(self.config.model), self.models.config.device
         model, tokenizer = load_model(ModelConfig(name, self.config.dtype, device))
         check_model(model)
-        return LocalJudge(model, tokenizer, self.config.model, max_tokens=self.config.max_tokens)
+        weights = weights_digest(self.models.digest(self.config.model), model)
+        return LocalJudge(model, tokenizer, self.config.model, weights=weights, max_tokens=self.config.max_tokens)

@@ -11,20 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sami_fast.evaluation import GroupResult, mean_intervals
 from sami_fast.report import draw_heat_maps, draw_iterations, draw_training_curve, read_json_lines, write_text
+from sami_fast.run_results import METRIC_LABELS
 from sami_fast.stages import outputs_digest, read_manifest
 from sami_fast.win_rate import SHARES
 
 TEMPLATE = Path(__file__).parent / "templates" / "run_report.html"
 _SHOWN_MATRICES = 8
 _SHOWN_QUERIES = 4
-_LABELS = {
-    "mutual_information": "mutual information (nats)",
-    "row_accuracy": "row accuracy",
-    "column_accuracy": "column accuracy",
-    "loss": "loss",
-}
+_MATRIX_NOTE = (
+    "Mean log-probability of a token of each response (column) under each constitution (row). Red is likelier than the "
+    "column's mean: a response that tells its constitution is red under its own, and blue under the others."
+)
 
 
 def write_run_report(folder: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None) -> Path:
@@ -52,7 +53,12 @@ def write_run_report(folder: str | os.PathLike[str], *, output: str | os.PathLik
     base = runs[0] if runs[0].number == 0 else None
     if base is None:
         files.missing.append("iteration-0: the model as it came, which the others are compared with")
-    sections = [_overview(runs), *(_section(run, base) for run in runs), _stages(folder)]
+    settings = _settings(config)
+    sections = [_overview(runs, settings)]
+    for i, run in enumerate(runs):
+        start = runs[i - 1] if settings.get("start") == "previous" and i > 0 else base
+        sections.append(_section(run, base, start))
+    sections.append(_stages(folder))
     if config is not None:
         sections.append({"title": "Configuration", "blocks": [{"kind": "text", "heading": "", "text": config}]})
     html = _render(f"SAMI run: {folder.resolve().name}", sections, files.missing)
@@ -64,6 +70,17 @@ def write_run_report(folder: str | os.PathLike[str], *, output: str | os.PathLik
 def _number(name: str) -> int | None:
     number = name.removeprefix("iteration-")
     return int(number) if number.isdigit() else None
+
+
+def _settings(config: str | None) -> dict[str, Any]:
+    """What the overview says of a run's configuration, where it can be read."""
+    try:
+        values = yaml.safe_load(config or "") or {}
+        loop = values.get("iterations") or {}
+        named = {"model": (values.get("model") or {}).get("name"), "task": (values.get("task") or {}).get("name")}
+        return named | {"count": loop.get("count"), "start": loop.get("start")}
+    except (yaml.YAMLError, AttributeError):
+        return {}
 
 
 class _Files:
@@ -122,7 +139,7 @@ def _interval(value: Mapping[str, float]) -> dict[str, float]:
 
 def _metrics(value: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     return {
-        part: {name: _interval(entry) for name, entry in value[part].items() if name in _LABELS}
+        part: {name: _interval(entry) for name, entry in value[part].items() if name in METRIC_LABELS}
         for part in ("held_out", "change", "own")
         if value.get(part) is not None
     }
@@ -166,8 +183,31 @@ def _win_rate(value: Mapping[str, Any]) -> dict[str, Any]:
     return {"shares": shares, "counts": counts, "judge": str(value["judge"]["judge"])}
 
 
-def _overview(runs: Sequence[_Iteration]) -> dict:
-    blocks, rows = [], []
+def _summary(runs: Sequence[_Iteration], settings: Mapping[str, Any]) -> list[dict]:
+    """What was run and what came of it, in a sentence each."""
+    texts = []
+    if settings.get("model"):
+        words = [f"Model {settings['model']}"]
+        words += [f"task {settings['task']}"] * bool(settings.get("task"))
+        words += [f"{settings['count']} iteration(s)"] * bool(settings.get("count"))
+        if settings.get("start"):
+            words.append(f"each trained from the {'model before' if settings['start'] == 'previous' else 'base model'}")
+        texts.append(", ".join(words) + ".")
+    first = runs[0].metrics.get("held_out", {}).get("mutual_information") if runs[0].number == 0 else None
+    last = next((run for run in reversed(runs) if run.number and "change" in run.metrics), None)
+    change = last and last.metrics["change"].get("mutual_information")
+    after = last and last.metrics.get("held_out", {}).get("mutual_information")
+    if first and after and change:
+        texts.append(
+            f"Held-out mutual information: {first['mean']:.3f} nats before training, {after['mean']:.3f} after "
+            f"iteration {last.number}; a change of {change['mean']:+.3f} "
+            f"({change['low']:+.3f} to {change['high']:+.3f})."
+        )
+    return [{"kind": "paragraph", "heading": "", "text": text} for text in texts]
+
+
+def _overview(runs: Sequence[_Iteration], settings: Mapping[str, Any]) -> dict:
+    blocks, rows = _summary(runs, settings), []
     measured = {
         label: [run.metrics.get(part, {}).get("mutual_information") for run in runs]
         for part, label in (("held_out", "held-out groups of the base model"), ("own", "the model's own responses"))
@@ -190,7 +230,8 @@ def _overview(runs: Sequence[_Iteration]) -> dict:
     return {"title": "Over iterations", "blocks": blocks}
 
 
-def _section(run: _Iteration, base: _Iteration | None) -> dict:
+def _section(run: _Iteration, base: _Iteration | None, start: _Iteration | None) -> dict:
+    """All about an iteration; `base` is what it is compared with, `start` what its training began from."""
     blocks = []
     if run.metrics:
         before = base.metrics.get("held_out", {}) if base is not None and run is not base else None
@@ -199,20 +240,23 @@ def _section(run: _Iteration, base: _Iteration | None) -> dict:
         columns |= {part: run.metrics[part] for part in ("change", "own") if part in run.metrics}
         rows = [
             [label, *(column.get(name) for column in columns.values())]
-            for name, label in _LABELS.items()
+            for name, label in METRIC_LABELS.items()
             if any(name in column for column in columns.values())
         ]
         note = "own: the model's own responses to held-out queries." if "own" in columns else ""
         blocks.append(_table("Held-out groups", ["", *columns], rows, note=note))
     if run.log is not None:
-        blocks += _training_blocks(run)
+        blocks += _training_blocks(run, start)
     if run.scores:
         shown = run.scores[:_SHOWN_MATRICES]
         heading = f"Matrices of held-out groups, {len(shown)} of {len(run.scores)}"
-        blocks.append(_image(heading, lambda path: draw_heat_maps(path, shown)))
+        blocks.append(_image(heading, lambda path: draw_heat_maps(path, shown), note=_MATRIX_NOTE))
     for win_rate in run.win_rates:
         rows = [[SHARES[name], share] for name, share in win_rate["shares"].items() if share is not None]
         counts = ", ".join(f"{count} {name}" for name, count in win_rate["counts"].items())
+        agreeing = win_rate["shares"]["consistency"]
+        if agreeing is not None and agreeing["mean"] < 0.5:
+            counts += ". In most pairs the judge changed its mind with the order: it says little about the responses"
         heading = f"Win rate over the responses of iteration 0, by {win_rate['judge']}"
         blocks.append(_table(heading, ["", ""], rows, note=counts))
     if base is not None and run is not base and run.responses and base.responses:
@@ -237,11 +281,14 @@ def _samples(before: Mapping[tuple, Mapping], after: Mapping[tuple, Mapping]) ->
     return {"kind": "samples", "heading": heading, "samples": shown}
 
 
-def _training_blocks(run: _Iteration) -> list[dict]:
+def _training_blocks(run: _Iteration, start: _Iteration | None) -> list[dict]:
     blocks = []
     curves = [_curve(run.log, name) for name in ("mutual_information", "eval_mutual_information")]
     if any(steps for steps, _ in curves):
         (steps, training), (held_out_steps, held_out) = curves
+        ends = [part.metrics.get("held_out", {}).get("mutual_information") for part in (start, run) if part is not None]
+        if not held_out_steps and len(ends) == 2 and all(ends):  # not evaluated while it trained
+            held_out_steps, held_out = [0, max(steps)], [end["mean"] for end in ends]
         points = (steps, training, held_out_steps, held_out)
         blocks.append(_image("Training", lambda path: draw_training_curve(path, *points, limit=run.limit)))
     if any("token_ratio" in row for row in run.log):
@@ -290,12 +337,12 @@ def _table(heading: str, headings: Sequence[str], rows: Sequence[Sequence[Any]],
     return {"kind": "table", "heading": heading, "headings": headings, "rows": rows, "note": note}
 
 
-def _image(heading: str, draw: Callable[[Path], None]) -> dict:
+def _image(heading: str, draw: Callable[[Path], None], *, note: str = "") -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "figure.png"
         draw(path)
         data = base64.b64encode(path.read_bytes()).decode()
-    return {"kind": "image", "heading": heading, "data": data}
+    return {"kind": "image", "heading": heading, "data": data, "note": note}
 
 
 def _render(title: str, sections: Sequence[dict], missing: Sequence[str]) -> str:

@@ -9,6 +9,14 @@ from typing import Any
 from sami_fast.evaluation import METRICS, GroupResult, summarize
 from sami_fast.report import read_json_lines
 
+# What tables call the metrics of an evaluation, in their order.
+METRIC_LABELS = {
+    "mutual_information": "mutual information (nats)",
+    "row_accuracy": "row accuracy",
+    "column_accuracy": "column accuracy",
+    "loss": "loss",
+}
+
 
 def read_scores(iteration: Path) -> list[GroupResult]:
     """Scores of the held-out groups, as the evaluation stage in an iteration's folder wrote them."""

@@ -68,6 +68,7 @@ class Run:
         work: Callable[[Path], Mapping[str, Any] | None],
         *,
         scratch: tuple[str, ...] = (),
+        keep: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         """Do `work(folder)` unless it is done; returns the manifest.
 
@@ -76,6 +77,7 @@ class Run:
             inputs: all that the outputs depend on, as JSON holds it. A change starts the stage anew.
             work: fills the folder, going on from what it finds there; what it returns is kept in the manifest.
             scratch: files and folders in it that are removed when the stage is complete.
+            keep: files in it that outlive a change of inputs: logs whose rows say themselves what they are about.
 
         Raises:
             StageError: a full disk or another failure to write; names the stage.
@@ -83,12 +85,13 @@ class Run:
         """
         folder = self.folder / name
         inputs = json.loads(json.dumps(inputs, allow_nan=False))
+        _take_over(folder, keep)  # where a process was killed while it cleared the folder
         manifest = read_manifest(folder)
         if manifest is None:
-            _refuse_foreign(folder)
+            _refuse_foreign(folder, keep)
         elif manifest["inputs"] != inputs:
             logger.info("%s: %s changed, starting anew", name, ", ".join(_changes(manifest["inputs"], inputs)))
-            _clear(folder)
+            _clear(folder, keep)
             manifest = None
         elif manifest["status"] == "complete":
             damaged = _damaged(folder, manifest["outputs"])
@@ -96,7 +99,8 @@ class Run:
                 logger.info("%s: complete, skipped", name)
                 return manifest
             logger.warning("%s: %s is not as it was written, starting anew", name, damaged)
-            _clear(folder)
+            written = manifest["outputs"]
+            _clear(folder, tuple(n for n in keep if n in written and _damaged(folder, {n: written[n]}) is None))
             manifest = None
         else:
             logger.info("%s: was cut off, going on", name)
@@ -183,17 +187,31 @@ def _damaged(folder: Path, outputs: Mapping[str, Mapping[str, Any]]) -> str | No
     return None
 
 
-def _clear(folder: Path) -> None:
-    """Remove a stage so that, if that is cut off, no half of it stays under its name."""
-    old = folder.with_name(f".{folder.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(folder, old)
-    shutil.rmtree(old)
+def _clear(folder: Path, keep: tuple[str, ...]) -> None:
+    """Remove a stage, but for the files to keep, so that, if that is cut off, no half of it stays under its name."""
+    os.replace(folder, _aside(folder))
+    _take_over(folder, keep)
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """A folder without a manifest is empty but for a file that was being written; anything else is not ours."""
-    foreign = [path for path in folder.iterdir() if not path.name.startswith(".manifest-")] if folder.exists() else []
+def _take_over(folder: Path, keep: tuple[str, ...]) -> None:
+    """Out of a stage that was moved aside take the files to keep, and remove the rest."""
+    old = _aside(folder)
+    for name in keep:
+        if (old / name).is_file():
+            folder.mkdir(exist_ok=True)
+            os.replace(old / name, folder / name)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-old")
+
+
+def _refuse_foreign(folder: Path, keep: tuple[str, ...]) -> None:
+    """A folder without a manifest holds what was kept and a file that was being written; anything else is not ours."""
+    there = folder.iterdir() if folder.exists() else ()
+    foreign = [path for path in there if not path.name.startswith(".manifest-") and path.name not in keep]
     if foreign:
         raise ValueError(f"{folder}: expected a stage's folder or nothing there, got {foreign[0].name} and no manifest")
 

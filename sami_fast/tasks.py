@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sami_fast.config import TaskConfig
-from sami_fast.data import iter_rows
+from sami_fast.examples import iter_rows
+from sami_fast.run_config import TaskConfig
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from sami_fast.generation import Generated, Job, cut, plan
+from sami_fast.generation import Generated, Job, cut, merge_eos_ids, plan
 
 
 class VllmEngine:
@@ -42,7 +42,9 @@ class VllmEngine:
         try:
             import vllm
         except ImportError:
-            raise RuntimeError("generation.backend: vllm is not installed; run: pip install vllm") from None
+            raise RuntimeError(
+                'generation.backend: vllm is not installed; run: pip install "sami-fast[vllm]"'
+            ) from None
         self._sampling_params = vllm.SamplingParams
         self._tokenizer = tokenizer
         self._eos = _eos_ids(name, tokenizer, trust_remote_code)
@@ -121,5 +123,4 @@ def _eos_ids(name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: b
         of_model = GenerationConfig.from_pretrained(name).eos_token_id
     except OSError:  # a model without a file of generation settings
         of_model = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).eos_token_id
-    ids = [of_model] if isinstance(of_model, int) else list(of_model or ())
-    return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+    return merge_eos_ids(of_model, tokenizer)

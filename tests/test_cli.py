@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from sami_fast import infonce_loss, pack, score
 from sami_fast.cli import main
 from sami_fast.config import read_config
-from sami_fast.data import GroupDataset, load_examples
+from sami_fast.data import GroupDataset
 from sami_fast.evaluation import GroupResult, padded_matrix, score_groups, summarize
+from sami_fast.examples import load_examples
 from sami_fast.report import draw_heat_maps, draw_training_curve, write_json
 from sami_fast.win_rate import SHARES
 
@@ -143,7 +145,7 @@ def test_the_long_demo_has_two_iterations_and_is_not_done_twice(tmp_path, model_
     rates = [rate["win_rate"] for rate in metrics["win_rates"]]
     assert all(f"{r['mean']:.3f} ({r['low']:.3f} to {r['high']:.3f})" in said for r in rates) and len(rates) == 2
     assert metrics["win_rates"][0]["judge"]["judge"] == str(model_folder), "it judges itself"
-    monkeypatch.setattr("sami_fast.pipeline.iter_responses", lambda *_, **__: pytest.fail("generated again"))
+    monkeypatch.setattr("sami_fast.run_responses.iter_responses", lambda *_, **__: pytest.fail("generated again"))
     assert main(arguments) == 0
     assert (tmp_path / "report/metrics.json").read_text() == first
 
@@ -167,6 +169,29 @@ def test_bad_command_lines_say_what_is_wrong(arguments, message, capsys, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_stopped_command_says_so(capsys, monkeypatch):
+    def stopped(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sami_fast.run_report.write_run_report", stopped)
+    assert main(["report", "anywhere"]) == 130
+    assert capsys.readouterr().err == "sami-fast report: stopped\n"
+    with pytest.raises(KeyboardInterrupt):
+        main(["report", "anywhere", "--traceback"])
+
+
+def test_the_long_demo_refuses_a_judge_that_cannot_answer_before_any_work(tmp_path, model_folder, capsys):
+    words = shutil.copytree(model_folder, tmp_path / "words")
+    raw = Tokenizer(models.WordLevel({"[UNK]": 0, "x": 1}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", eos_token="x").save_pretrained(words)
+    (words / "chat_template.jinja").unlink(missing_ok=True)
+    assert main(["demo", "--long", "--model", str(words), "--output", str(tmp_path / "report")]) == 1
+    said = capsys.readouterr().err
+    assert f"judge.model: '{words}' cannot be asked: judge: expected a tokenizer that tells A from B, got" in said
+    assert not (tmp_path / "report").exists(), "nothing was begun"
 
 
 def test_bad_files_are_named(tmp_path, capsys, model_folder):

@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 from factory import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from text_factory import byte_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from sami_fast.generation import filter_responses, generate_responses, iter_responses, trim_to_sentence
@@ -21,14 +22,6 @@ def tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def byte_tokenizer(alphabet):
-    table = {"<unk>": 0, "<s>": 1, "</s>": 2, **{c: i for i, c in enumerate(sorted(alphabet), 3)}}
-    tokenizer = Tokenizer(models.BPE(table, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture

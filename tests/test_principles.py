@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from factory import tiny_model
 from openai_server import OpenAIServer
-from test_generation import byte_tokenizer
-from tokenizers import pre_tokenizers
+from text_factory import byte_tokenizer
 
 from sami_fast.cli import main
 from sami_fast.constitutions import load_principles
@@ -50,6 +49,7 @@ class Script:
         ("Keep it short.\nUse few words.", "Keep it short.", ["Use few words."]),
         ("<think>The user wants\na principle.</think>\nKeep it short.", "Keep it short.", []),
         ("### Principle 1: Keep it short.", "Keep it short.", []),
+        ("Prompt: keep it short.", "keep it short.", []),
         ("```\nKeep it short.\n```", "Keep it short.", []),
         ("The antithesis would be: Ramble on.", "Ramble on.", []),
         ("3 sentences are enough for a summary.", "3 sentences are enough for a summary.", []),
@@ -133,7 +133,7 @@ def test_bad_arguments(tmp_path):
 
 
 def test_a_causal_model_as_the_writer(tmp_path):
-    tokenizer = byte_tokenizer(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = byte_tokenizer()
     writer = ModelWriter(tiny_model("llama", vocab_size=259, max_position_embeddings=1024), tokenizer)
     draw = [writer.complete("Hello.", max_tokens=8, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
     assert draw[0] == draw[1] != draw[2]
@@ -178,6 +178,13 @@ def test_command_line(tmp_path, capsys):
             ["task=x", "output=o", "attributes=[a]", "endpoint.model=m", "model.name=n"],
             "expected one of them, got both",
         ),
+        (
+            ["task=x", "output=o", "attributes=[a]", "attempts=few"],
+            "attempts: expected an int of at least 1, got",
+        ),
+        (["task=x", "output=o", "attributes=[a]", "max_tokens=0"], "max_tokens: expected an int of at least 1, got 0"),
+        (["task=x", "output=o", "attributes=[a]", "temperature=-1"], "temperature: expected a number of at least 0"),
+        (["task=x", "output=o", "attributes=[a]", "seed=x"], "seed: expected an int, got 'x'"),
         (["task=x", "tusk=y"], "tusk: unknown key, did you mean 'task'"),
     ],
 )

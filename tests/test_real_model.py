@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sami_fast import pack
 from sami_fast.bundled import BundledModelMissing, bundled_model_path
-from sami_fast.data import Example, PromptTemplate, load_examples, tokenize_example
+from sami_fast.data import tokenize_example
+from sami_fast.examples import Example, load_examples
 from sami_fast.losses import infonce_loss
+from sami_fast.prompts import PromptTemplate
 from sami_fast.scoring import check_model, score
 
 POSTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "tldr_sample.jsonl"

@@ -120,6 +120,9 @@ def test_a_whole_run(reported):
     after = metrics["held_out"]["mutual_information"]
     assert f"{after['mean']:.3f} ({after['low']:.3f} to {after['high']:.3f})" in reader.words
     rates = json.loads((run / "iteration-1/evaluation/win_rate.json").read_text())
+    change = metrics["change"]["mutual_information"]["mean"]
+    assert "Model tiny & <small>." in reader.words and f"after iteration 2; a change of {change:+.3f} (" in reader.words
+    assert reader.words.count("Red is likelier") == 3
     for name in ("win_rate", "length_controlled", "consistency"):
         assert f"{rates[name]['mean']:.3f} ({rates[name]['low']:.3f} to {rates[name]['high']:.3f})" in reader.words
     assert "10 pairs, 5 wins, 0 losses, 5 ties" in reader.words
@@ -207,3 +210,35 @@ def test_iterations_come_in_the_order_of_their_numbers_and_miss_their_base(run):
     words = Reader(write_run_report(run)).words
     assert words.index("Iteration 1 ") < words.index("Iteration 10 ")
     assert "iteration-0: the model as it came" in words
+
+
+def test_training_without_evaluations_is_drawn_between_those_around_it(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("sami_fast.run_report.draw_heat_maps", lambda path, *_: path.write_bytes(b""))
+    monkeypatch.setattr("sami_fast.run_report.draw_iterations", lambda path, *_, **__: path.write_bytes(b""))
+    keep = lambda path, *points, limit: drawn.append(points) or path.write_bytes(b"")  # noqa: E731
+    monkeypatch.setattr("sami_fast.run_report.draw_training_curve", keep)
+    metrics = [json.loads((run / f"iteration-{n}/evaluation/metrics.json").read_text()) for n in range(3)]
+    means = [entry["held_out"]["mutual_information"]["mean"] for entry in metrics]
+    for n in (1, 2):
+        path = run / f"iteration-{n}/training/log.json"
+        write_json(path, [row for row in json.loads(path.read_text()) if "eval_mutual_information" not in row])
+    for start, ends in (("base", [0, 0]), ("previous", [0, 1])):
+        write_text(run / "config.yaml", yaml.safe_dump({"iterations": {"start": start}}))
+        drawn.clear()
+        write_run_report(run)
+        assert [points[2:] for points in drawn] == [([0, 3], [means[end], means[n]]) for n, end in enumerate(ends, 1)]
+
+
+def test_a_judge_that_goes_by_the_order_is_said_to(run):
+    said = "In most pairs the judge changed its mind with the order"
+    assert said not in Reader(write_run_report(run)).words
+    rates = summarize_outcomes([Outcome(f"q{i}", (50 + i, 60), (1.0, 0.0)) for i in range(10)])
+    write_json(run / "iteration-1/evaluation/win_rate.json", {"judge": {"judge": "j"}, **rates})
+    assert Reader(write_run_report(run)).words.count(said) == 1
+
+
+def test_a_configuration_that_cannot_be_read_is_shown_as_it_is(run):
+    for text in ("a: [", "- 1", "model: 3"):
+        write_text(run / "config.yaml", text)
+        assert f"Configuration {text}" in Reader(write_run_report(run)).words

@@ -6,8 +6,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from sami_fast.config import TaskConfig
-from sami_fast.data import PromptTemplate
+from sami_fast.prompts import PromptTemplate
+from sami_fast.run_config import TaskConfig
 from sami_fast.tasks import TASKS, find_task, load_queries
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -113,7 +113,7 @@ def test_bad_settings():
         find_task(TaskConfig(name="chess"))
     with pytest.raises(ValueError, match=r"task.source: expected a file or data set for the task generic"):
         find_task(TaskConfig())
-    with pytest.raises(ValueError, match=r"task.limit: expected at least 1"):
+    with pytest.raises(ValueError, match=r"task.limit: expected an int of at least 1 or None, got 0"):
         TaskConfig(limit=0)
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         queries(source="none.jsonl")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import record_name, run_suite, write_atomically, write_record
+from benchmarks.harness import record_name, run_suite, write_record
 from benchmarks.report import outcome, plot, print_table
 from benchmarks.suite import GB, ROOT, Settings, find_suites, load_suite
+from sami_fast.report import write_atomically
 
 
 def _arguments() -> argparse.Namespace:
@@ -80,7 +81,7 @@ def main() -> int:
     for suite in options.suites:
         record = run_suite(suite, settings, on_result)
         path = write_record(record, options.out)
-        write_atomically(path.with_suffix(".png"), plot(record))
+        write_atomically(path.with_suffix(".png"), lambda file, record=record: file.write_bytes(plot(record)))
         print_table(record)
         print(f"{record_name(record)}: {path} and {path.with_suffix('.png').name}")
     return 0

@@ -37,9 +37,9 @@ from sami_fast.kernels.launch import Call
 
 # Bytes of shared memory a program may use. Pointer configurations also serve sm_86, sm_89 and sm_120.
 SHARED_MEMORY = {"descriptors": 227 << 10, "pointers": 99 << 10}
-# One for every tile that the launcher makes of square groups, and the narrow ones.
-INFONCE_SHAPES = [(n, n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
-INFONCE_SHAPES += [(3, 5), (2, 16), (16, 2), (1, 32), (32, 1), (4, 64), (64, 4), (1, 256), (256, 1), (16, 256), (256, 16)]
+# Square groups, narrow ones and the largest: every tile that the launcher makes of squares is among them.
+INFONCE_SHAPES = [(1, 1), (2, 2), (3, 5), (4, 4), (8, 8), (16, 16), (32, 32), (2, 16), (16, 2), (1, 32), (32, 1)]
+INFONCE_SHAPES += [(4, 64), (64, 4), (32, 64), (64, 32), (8, 256), (256, 8), (1, 256), (256, 1)]
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 

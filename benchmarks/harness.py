@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
-import os
 import platform
 import re
 import subprocess
@@ -22,6 +21,7 @@ import torch
 
 from benchmarks.measure import measure, measure_apart, measure_ceilings
 from benchmarks.suite import GB, PASSES, ROOT, Settings, Suite
+from sami_fast.report import write_text
 
 
 def run_suite(suite: Suite, settings: Settings, on_result: Callable[[dict], None] = lambda record: None) -> dict:
@@ -142,16 +142,8 @@ def record_name(record: Mapping[str, Any]) -> str:
     return "-".join(re.sub("[^a-z0-9_]+", "-", part.lower()).strip("-") for part in parts if part)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside `path` and rename, so that nobody ever reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
-
-
 def write_record(record: Mapping[str, Any], folder: Path) -> Path:
     """`folder/NAME.json`."""
     path = folder / f"{record_name(record)}.json"
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     return path

@@ -6,6 +6,7 @@ Ours computes metrics and gradient with the loss, in the forward as well; the ot
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ _LENGTHS = 43, 127  # tokens of a response, both included
 # --------------------------------------------------------------------------------------------------------------------
 # Cases
 
-_GROUPS = {"cuda": (1, 64, 1024), "cpu": (1, 64)}
+_GROUPS = (1, 64, 1024)
 _QUICK = {(1, 2), (64, 8)}
 
 
@@ -28,7 +29,7 @@ def cases(settings: Settings) -> list[Case]:
     return [
         Case(f"{B} x {n}x{n}", {"groups": B, "C": n, "R": n}, quick=(B, n) in _QUICK)
         for n in (2, 8, 16)
-        for B in _GROUPS[settings.device]
+        for B in _GROUPS
     ]
 
 
@@ -101,8 +102,10 @@ def oracle(made: Inputs, backward: bool) -> Prepared:
 
 def ours(backend: str, made: Inputs, backward: bool) -> Prepared:
     """`sami_fast.segment_infonce`."""
-    if backend != "reference" and not made.on_gpu:
+    if backend == "triton" and not made.on_gpu:
         raise Unsupported("takes CUDA tensors")
+    if backend == "cuda" and importlib.util.find_spec("sami_fast._C") is None:
+        raise Unsupported("sami_fast._C was not built")
     shapes = [(made.side, made.side)] * made.groups
     positives = torch.arange(made.side, device=made.offsets.device).repeat(made.groups)
     call = functools.partial(segment_infonce, offsets=made.offsets, shapes=shapes, positives=positives, backend=backend)

@@ -82,7 +82,7 @@ def measure(
     """
     result: dict[str, Any] = {"outcome": "failed", "detail": None, "memory": None, "facts": {}}
     try:
-        result["version"] = importlib.metadata.version(arm.peer)
+        result["version"] = _version(arm.peer)
         torch.set_num_threads(settings.threads)
         if own_process and settings.device == "cpu" and settings.memory_limit is not None:
             limit_memory(int(settings.memory_limit))
@@ -126,6 +126,13 @@ def measure(
         outcome = "out of memory" if _is_out_of_memory(error) else "failed"
         result |= {"outcome": outcome, "detail": _one_line(error)}
     return result
+
+
+def _version(package: str) -> str | None:
+    """None for ours where it runs from a source tree that is not installed."""
+    if package == "sami-fast" and not list(importlib.metadata.distributions(name=package)):
+        return None
+    return importlib.metadata.version(package)
 
 
 def compare(numbers: Mapping[str, torch.Tensor], reference: Path, limits: Mapping[str, float]) -> dict[str, dict]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from benchmarks.attention import GatheredRows, compiled_flex_attention
 from benchmarks.suite import Case, Prepared, Settings, Suite, Unsupported
 from sami_fast import Group, pack
+from sami_fast.fused_layers import apply_liger, compile_layers, liger_options
 from sami_fast.kernels.flash_attention import gather_for
 from sami_fast.losses import infonce_loss
 from sami_fast.prefix_tree import PackedTree
@@ -216,13 +218,15 @@ def _prepared(made: Inputs, backward: bool, packs: list[PackedTree], matrices_an
     return Prepared(run, made.flops(tokens, attended, len(tree.labels), backward), bytes_moved, facts)
 
 
-def _scored(made: Inputs, backward: bool, make: Callable, backend: Mapping[str, Any] | None) -> Prepared:
+def _scored(
+    made: Inputs, backward: bool, make: Callable, backend: Mapping[str, Any] | None, keep_attention: bool = False
+) -> Prepared:
     """Through `score`, with what encodes and attends as given."""
 
     packs = [packed.to(made.device) for packed in _passes(made.groups, make, _PASS_TOKENS)]
 
     def matrices_and_loss(packed: PackedTree):
-        scores = score(made.model, packed, backend=backend)
+        scores = score(made.model, packed, backend=backend, keep_attention=keep_attention)
         return scores.matrices, infonce_loss(scores).loss
 
     return _prepared(made, backward, packs, matrices_and_loss)
@@ -259,6 +263,49 @@ def prefix_tree(made: Inputs, backward: bool) -> Prepared:
     return _scored(made, backward, pack, None)
 
 
+@SUITE.arm("prefix tree, attention kept", peer="sami-fast")
+def attention_kept(made: Inputs, backward: bool) -> Prepared:
+    """Ours, with attention outputs kept rather than computed again by activation checkpointing."""
+    if not backward:
+        raise Unsupported("the forward is that of the prefix tree")
+    return _scored(made, backward, pack, None, keep_attention=True)
+
+
+@SUITE.arm("prefix tree, layers compiled", peer="torch")
+def layers_compiled(made: Inputs, backward: bool) -> Prepared:
+    """Ours, with the decoder layers compiled in place; compiling is not timed."""
+    _on_gpu(made)
+    compile_layers(made.model)
+    return _scored(made, backward, pack, None)
+
+
+@SUITE.arm("prefix tree, Liger", peer="liger-kernel")
+def liger(made: Inputs, backward: bool) -> Prepared:
+    """Ours, with Liger's norms, RoPE and SwiGLU in the layers."""
+    _on_gpu(made)
+    base = made.model.get_base_model() if made.tuning == "LoRA" else made.model
+    functions = vars(sys.modules[type(base).__module__])  # some of them Liger replaces, for all models of the family
+    before = dict(functions)
+    apply_liger(made.model, liger_options(None))
+    replaced = {name: value for name, value in functions.items() if before.get(name) is not value}
+    functions.update(before)
+    prepared = _scored(made, backward, pack, None)
+
+    def run() -> dict[str, torch.Tensor]:
+        functions.update(replaced)
+        try:
+            return prepared.run()
+        finally:
+            functions.update(before)
+
+    return dataclasses.replace(prepared, run=run)
+
+
+def _on_gpu(made: Inputs) -> None:
+    if made.device != "cuda":
+        raise Unsupported("takes CUDA tensors")
+
+
 def _plain(window: int | None, softcap: float | None, sinks: torch.Tensor | None) -> None:
     for name, value in dict(window=window, softcap=softcap, sinks=sinks).items():
         if value is not None:
@@ -267,8 +314,7 @@ def _plain(window: int | None, softcap: float | None, sinks: torch.Tensor | None
 
 def _varlen(made: Inputs, gathers: bool) -> Callable:
     """PyTorch's variable-length flash-attention; if it `gathers`, over keys copied along every path."""
-    if made.device != "cuda":
-        raise Unsupported("takes CUDA tensors")
+    _on_gpu(made)
     from torch.nn.attention.varlen import varlen_attn
 
     def attend(q, k, v, plan, *, scale, window, softcap, sinks):

@@ -11,8 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.harness import write_atomically
 from benchmarks.report import markdown
+from sami_fast.report import write_text
 
 RESULTS = Path(__file__).parent / "results"
 _SECTION = re.compile(r"(<!-- benchmark:([\w.-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
@@ -50,7 +50,7 @@ def main() -> int:
             print(f"{document}: tables differ from the records; run: python -m benchmarks.tables {document}")
             return 1
         if filled != text:
-            write_atomically(document, filled)
+            write_text(document, filled)
     return 0
 
 

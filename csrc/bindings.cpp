@@ -11,7 +11,6 @@
 
 namespace py = pybind11;
 using namespace pybind11::literals;
-using sami_fast::SegmentInfonceArgs;
 
 namespace {
 
@@ -25,25 +24,54 @@ T* address(uintptr_t value, const char* name) {
   return reinterpret_cast<T*>(value);
 }
 
+sami_fast::Groups groups_at(uintptr_t offsets, int offsets_bits, uintptr_t shapes, int groups, int max_cells) {
+  if (offsets_bits != 32 && offsets_bits != 64) {
+    throw py::value_error("offsets_bits: expected 32 or 64, got " + std::to_string(offsets_bits));
+  }
+  if (groups < 0) throw py::value_error("groups: expected 0 or more, got " + std::to_string(groups));
+  if (max_cells < 0) throw py::value_error("max_cells: expected 0 or more, got " + std::to_string(max_cells));
+  sami_fast::Groups made{};
+  made.offsets = address<const void>(offsets, "offsets");
+  made.offsets_are_int64 = offsets_bits == 64;
+  made.shapes = address<const sami_fast::GroupShape>(shapes, "shapes");
+  made.count = groups;
+  made.max_cells = std::min(max_cells, sami_fast::kMaxSide * sami_fast::kMaxSide);
+  return made;
+}
+
+const sami_fast::Team<1> kAlone{0, 1, 0};
+
 template <typename Offset>
-void run_groups(const SegmentInfonceArgs& args) {
+void forward_groups(const sami_fast::ForwardArgs& args) {
   sami_fast::GroupState state;
-  std::vector<float> staged(static_cast<size_t>(args.max_cells) + sami_fast::kMaxSide);
-  const sami_fast::Team<1> alone{0, 1, 0};
-  for (int b = 0; b < args.groups; ++b) {
-    sami_fast::segment_infonce_group<Offset>(alone, args, b, state, staged.data(), static_cast<int>(staged.size()));
+  std::vector<float> staged(static_cast<size_t>(args.groups.max_cells) + sami_fast::kMaxSide);
+  for (int b = 0; b < args.groups.count; ++b) {
+    sami_fast::forward_group<Offset>(kAlone, args, b, state, staged.data(), static_cast<int>(staged.size()));
   }
 }
 
-void segment_infonce_host(const SegmentInfonceArgs& args) {
-  args.offsets_are_int64 ? run_groups<int64_t>(args) : run_groups<int32_t>(args);
+void forward_host(const sami_fast::ForwardArgs& args) {
+  args.groups.offsets_are_int64 ? forward_groups<int64_t>(args) : forward_groups<int32_t>(args);
 }
 
-void segment_infonce_cuda(const SegmentInfonceArgs& args, uintptr_t stream) {
-  check(sami_fast::segment_infonce(args, reinterpret_cast<cudaStream_t>(stream)), "segment_infonce");
+void forward_cuda(const sami_fast::ForwardArgs& args, uintptr_t stream) {
+  check(sami_fast::segment_infonce_forward(args, reinterpret_cast<cudaStream_t>(stream)), "segment_infonce_forward");
 }
 
-constexpr const char* kDoc = R"(Symmetric InfoNCE of B ragged groups, its metrics and its gradient.
+template <typename Offset>
+void backward_groups(const sami_fast::BackwardArgs& args) {
+  for (int b = 0; b < args.groups.count; ++b) sami_fast::backward_group<Offset>(kAlone, args, b);
+}
+
+void backward_host(const sami_fast::BackwardArgs& args) {
+  args.groups.offsets_are_int64 ? backward_groups<int64_t>(args) : backward_groups<int32_t>(args);
+}
+
+void backward_cuda(const sami_fast::BackwardArgs& args, uintptr_t stream) {
+  check(sami_fast::segment_infonce_backward(args, reinterpret_cast<cudaStream_t>(stream)), "segment_infonce_backward");
+}
+
+constexpr const char* kForwardDoc = R"(Symmetric InfoNCE of B ragged groups, its metrics and its gradient.
 
 Every tensor is passed as the address of its contiguous data (`tensor.data_ptr()`); nothing is allocated.
 
@@ -60,47 +88,71 @@ Args:
     loss: [B] fp32, written.
     metrics: [B, 3] fp32, written: mutual information (nats), row accuracy, column accuracy.
     matrix: [S] fp32, written; -inf where a pair is not scored.
-    token_grad: [N] fp32, written: d(loss of the token's group) / d(token_logprobs). 0: not wanted.
+    pair_grad: [S] fp32, written: d(loss of the pair's group) / d(log-probability), the same for all of its tokens.
 
 Raises:
     ValueError: a null address, a negative size, another `offsets_bits` or `normalize`.
 )";
 
-// Extra: the parameters of one variant beyond those above.
+constexpr const char* kBackwardDoc = R"(Gradient of the token log-probabilities: `loss_grad` times `pair_grad` at every token.
+
+Args:
+    loss_grad: [B] fp32, upstream.
+    pair_grad: [S] fp32, as the forward wrote it.
+    token_grad: [N] fp32, written.
+    offsets, offsets_bits, shapes, groups, max_cells: as for the forward.
+
+Raises:
+    ValueError: a null address, a negative size, another `offsets_bits`.
+)";
+constexpr const char* kCudaDoc =
+    "    RuntimeError: the launch failed; the message is CUDA's.\n\n"
+    "Device addresses, launched on `stream` (a cudaStream_t) of the current device.\n";
+constexpr const char* kHostDoc = "\nHost addresses: the kernel's arithmetic compiled for the CPU.\n";
+
+// Extra: the parameters of one variant beyond those of kForwardDoc.
 template <typename... Extra, typename Run, typename... ExtraArgs>
-void define(py::module_& m, const char* name, const std::string& doc, Run run, ExtraArgs... extra_args) {
+void define_forward(py::module_& m, const char* name, const std::string& doc, Run run, ExtraArgs... extra_args) {
   m.def(
       name,
       [run](uintptr_t token_logprobs, uintptr_t offsets, int offsets_bits, uintptr_t shapes, uintptr_t positives,
             int groups, int max_cells, const std::string& normalize, uintptr_t loss, uintptr_t metrics,
-            uintptr_t matrix, uintptr_t token_grad, Extra... extra) {
-        if (offsets_bits != 32 && offsets_bits != 64) {
-          throw py::value_error("offsets_bits: expected 32 or 64, got " + std::to_string(offsets_bits));
-        }
+            uintptr_t matrix, uintptr_t pair_grad, Extra... extra) {
         if (normalize != "mean" && normalize != "sum") {
           throw py::value_error("normalize: expected 'mean' or 'sum', got '" + normalize + "'");
         }
-        if (groups < 0) throw py::value_error("groups: expected 0 or more, got " + std::to_string(groups));
-        if (max_cells < 0) throw py::value_error("max_cells: expected 0 or more, got " + std::to_string(max_cells));
-        if (groups == 0) return;
-        SegmentInfonceArgs args{};
+        sami_fast::ForwardArgs args{};
+        args.groups = groups_at(offsets, offsets_bits, shapes, groups, max_cells);
         args.token_logprobs = reinterpret_cast<const float*>(token_logprobs);  // null when no pair has a token
-        args.offsets = address<const void>(offsets, "offsets");
-        args.offsets_are_int64 = offsets_bits == 64;
-        args.shapes = address<const sami_fast::GroupShape>(shapes, "shapes");
         args.positives = address<const int32_t>(positives, "positives");
-        args.groups = groups;
-        args.max_cells = std::min(max_cells, sami_fast::kMaxSide * sami_fast::kMaxSide);
         args.mean = normalize == "mean";
         args.loss = address<float>(loss, "loss");
         args.metrics = address<float>(metrics, "metrics");
         args.matrix = address<float>(matrix, "matrix");
-        args.token_grad = reinterpret_cast<float*>(token_grad);
+        args.pair_grad = address<float>(pair_grad, "pair_grad");
         py::gil_scoped_release release;
         run(args, extra...);
       },
       py::kw_only(), "token_logprobs"_a, "offsets"_a, "offsets_bits"_a, "shapes"_a, "positives"_a, "groups"_a,
-      "max_cells"_a, "normalize"_a, "loss"_a, "metrics"_a, "matrix"_a, "token_grad"_a, extra_args..., doc.c_str());
+      "max_cells"_a, "normalize"_a, "loss"_a, "metrics"_a, "matrix"_a, "pair_grad"_a, extra_args..., doc.c_str());
+}
+
+template <typename... Extra, typename Run, typename... ExtraArgs>
+void define_backward(py::module_& m, const char* name, const std::string& doc, Run run, ExtraArgs... extra_args) {
+  m.def(
+      name,
+      [run](uintptr_t loss_grad, uintptr_t pair_grad, uintptr_t offsets, int offsets_bits, uintptr_t shapes,
+            int groups, int max_cells, uintptr_t token_grad, Extra... extra) {
+        sami_fast::BackwardArgs args{};
+        args.groups = groups_at(offsets, offsets_bits, shapes, groups, max_cells);
+        args.loss_grad = address<const float>(loss_grad, "loss_grad");
+        args.pair_grad = address<const float>(pair_grad, "pair_grad");
+        args.token_grad = reinterpret_cast<float*>(token_grad);  // null when no pair has a token
+        py::gil_scoped_release release;
+        run(args, extra...);
+      },
+      py::kw_only(), "loss_grad"_a, "pair_grad"_a, "offsets"_a, "offsets_bits"_a, "shapes"_a, "groups"_a,
+      "max_cells"_a, "token_grad"_a, extra_args..., doc.c_str());
 }
 
 }  // namespace
@@ -111,12 +163,9 @@ PYBIND11_MODULE(_C, m) {
       "cuda_version",
       [] { return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10); },
       "Version of the CUDA toolkit this module was built with, such as '13.0'.");
-  define<uintptr_t>(m, "segment_infonce_cuda",
-                    std::string(kDoc) +
-                        "    RuntimeError: the launch failed; the message is CUDA's.\n\n"
-                        "Device addresses, launched on `stream` (a cudaStream_t) of the current device.\n",
-                    segment_infonce_cuda, "stream"_a);
-  define<>(m, "segment_infonce_host",
-           std::string(kDoc) + "\nHost addresses: the kernel's arithmetic compiled for the CPU.\n",
-           segment_infonce_host);
+  const std::string forward_doc = kForwardDoc, backward_doc = kBackwardDoc;
+  define_forward<uintptr_t>(m, "segment_infonce_forward_cuda", forward_doc + kCudaDoc, forward_cuda, "stream"_a);
+  define_forward<>(m, "segment_infonce_forward_host", forward_doc + kHostDoc, forward_host);
+  define_backward<uintptr_t>(m, "segment_infonce_backward_cuda", backward_doc + kCudaDoc, backward_cuda, "stream"_a);
+  define_backward<>(m, "segment_infonce_backward_host", backward_doc + kHostDoc, backward_host);
 }

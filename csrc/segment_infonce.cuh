@@ -153,20 +153,25 @@ SAMI_FAST_HD void mean_of_lines(const Team<kLanes>& team, const Line* lines, int
   *accuracy = team.sum(hits) / static_cast<float>(n);
 }
 
+SAMI_FAST_HD bool computable(const GroupShape& shape) {
+  return shape.constitutions >= 1 && shape.constitutions <= kMaxSide && shape.responses >= 1 &&
+         shape.responses <= kMaxSide;
+}
+
 // Group b, by the whole team. The matrix is kept in `staged` when `staged_floats` hold it, else read from args.matrix.
 template <typename Offset, int kLanes>
-SAMI_FAST_HD void segment_infonce_group(const Team<kLanes>& team, const SegmentInfonceArgs& args, int b,
-                                        GroupState& state, float* staged, int staged_floats) {
-  const GroupShape shape = args.shapes[b];
+SAMI_FAST_HD void forward_group(const Team<kLanes>& team, const ForwardArgs& args, int b, GroupState& state,
+                                float* staged, int staged_floats) {
+  const GroupShape shape = args.groups.shapes[b];
   const int C = shape.constitutions, R = shape.responses;
-  if (C < 1 || C > kMaxSide || R < 1 || R > kMaxSide) {
+  if (!computable(shape)) {
     if (team.thread() == 0) {
       args.loss[b] = NAN;
       for (int i = 0; i < 3; ++i) args.metrics[3 * b + i] = NAN;
     }
     return;
   }
-  const Offset* offsets = static_cast<const Offset*>(args.offsets) + shape.cell_base;
+  const Offset* offsets = static_cast<const Offset*>(args.groups.offsets) + shape.cell_base;
   float* matrix = args.matrix + shape.cell_base;
   // An odd row pitch spreads a column over all banks of shared memory.
   const bool stage = C * (R | 1) <= staged_floats;
@@ -218,17 +223,28 @@ SAMI_FAST_HD void segment_infonce_group(const Team<kLanes>& team, const SegmentI
       args.metrics[3 * b + 2] = column_accuracy;
     }
   }
-  if (args.token_grad == nullptr) return;
-  for (int cell = team.tile; cell < C * R; cell += team.tiles) {
-    const Offset begin = offsets[cell], end = offsets[cell + 1];
+  for (int cell = team.thread(); cell < C * R; cell += team.threads()) {
     const int j = cell / R, k = cell % R;
     const float score = scores[j * pitch + k];
     const bool is_positive = positive[k] == j;
     const float column = state.columns[k].gradient(score, is_positive) / static_cast<float>(R);
     const float row = state.rows[j].gradient(score, is_positive) / static_cast<float>(C);
     float grad = 0.5f * (column + row);
-    if (args.mean) grad /= static_cast<float>(end - begin);
-    for (Offset i = begin + team.lane; i < end; i += kLanes) args.token_grad[i] = grad;
+    if (args.mean) grad /= static_cast<float>(offsets[cell + 1] - offsets[cell]);
+    args.pair_grad[shape.cell_base + cell] = grad;
+  }
+}
+
+// The tokens of group b, by the whole team: a tile takes a pair at a time.
+template <typename Offset, int kLanes>
+SAMI_FAST_HD void backward_group(const Team<kLanes>& team, const BackwardArgs& args, int b) {
+  const GroupShape shape = args.groups.shapes[b];
+  if (!computable(shape)) return;
+  const Offset* offsets = static_cast<const Offset*>(args.groups.offsets) + shape.cell_base;
+  for (int cell = team.tile; cell < shape.constitutions * shape.responses; cell += team.tiles) {
+    const float grad = args.loss_grad[b] * args.pair_grad[shape.cell_base + cell];
+    const Offset end = offsets[cell + 1];
+    for (Offset i = offsets[cell] + team.lane; i < end; i += kLanes) args.token_grad[i] = grad;
   }
 }
 

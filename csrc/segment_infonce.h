@@ -1,4 +1,4 @@
-// Symmetric InfoNCE of ragged groups, from token log-probabilities to its gradient: arguments and launcher.
+// Symmetric InfoNCE of ragged groups, from token log-probabilities to their gradients: arguments and launchers.
 #pragma once
 
 #include <cstdint>
@@ -17,23 +17,35 @@ struct alignas(16) GroupShape {
   int32_t response_base;
 };
 
-// B groups, S pairs, N scored tokens. All pointers are device pointers for the launcher, host pointers on the host.
-struct SegmentInfonceArgs {
-  const float* token_logprobs;  // [N]
-  const void* offsets;          // [S + 1] int32 or int64; pair s owns tokens offsets[s] and up to offsets[s + 1]
+// B groups of S pairs, which own N tokens. Pointers are device pointers for the launchers, host pointers on the host.
+struct Groups {
+  const void* offsets;  // [S + 1] int32 or int64; pair s owns tokens offsets[s] and up to offsets[s + 1]
   bool offsets_are_int64;
   const GroupShape* shapes;  // [B]
-  const int32_t* positives;  // [sum of responses] constitution of each response, counted within its group
-  int32_t groups;            // B
-  int32_t max_cells;         // largest constitutions * responses; larger groups are right too, but read global memory
-  bool mean;                 // a pair's score is the mean of its tokens, else their sum
-  float* loss;               // [B]
-  float* metrics;            // [B, 3] mutual information (nats), row accuracy, column accuracy
-  float* matrix;             // [S] scores, -inf where unscored
-  float* token_grad;         // [N] d(loss of the token's group) / d(token_logprobs); null: not wanted
+  int32_t count;             // B
+  int32_t max_cells;         // largest constitutions * responses; larger groups are right too, only slower
 };
 
-// Launches on the current device. Allocates nothing, does not synchronise, bitwise reproducible (no atomics).
-cudaError_t segment_infonce(const SegmentInfonceArgs& args, cudaStream_t stream);
+struct ForwardArgs {
+  Groups groups;
+  const float* token_logprobs;  // [N]
+  const int32_t* positives;     // [sum of responses] constitution of each response, counted within its group
+  bool mean;                    // a pair's score is the mean of its tokens, else their sum
+  float* loss;                  // [B]
+  float* metrics;               // [B, 3] mutual information (nats), row accuracy, column accuracy
+  float* matrix;                // [S] scores, -inf where unscored
+  float* pair_grad;             // [S] d(loss of the pair's group) / d(log-probability), the same for all of its tokens
+};
+
+struct BackwardArgs {
+  Groups groups;
+  const float* loss_grad;  // [B] upstream
+  const float* pair_grad;  // [S] as the forward wrote it
+  float* token_grad;       // [N]
+};
+
+// Both launch on the current device, allocate nothing, do not synchronise and are bitwise reproducible (no atomics).
+cudaError_t segment_infonce_forward(const ForwardArgs& args, cudaStream_t stream);
+cudaError_t segment_infonce_backward(const BackwardArgs& args, cudaStream_t stream);
 
 }  // namespace sami_fast

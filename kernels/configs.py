@@ -66,7 +66,7 @@ PREFIX_ATTENTION_CAPPED: dict[tuple[str, str, int], Launch] = {
 
 
 # Before Triton 3.9 the compiler needs more registers, and would spill.
-_OLDER_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+OLDER_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 PREFIX_ATTENTION_OLDER: dict[tuple[str, str, int], Launch] = {
     ("descriptors", "grad_kv", 128): Launch(32, 128, 8, 3),
     ("descriptors", "grad_q", 256): Launch(64, 32, 8, 3),
@@ -88,7 +88,7 @@ def prefix_attention(loads: str, name: str, head_dim: int, capped: bool, group: 
     tables = [PREFIX_ATTENTION]
     if capped:
         tables.append(PREFIX_ATTENTION_CAPPED)
-    if _OLDER_COMPILER:
+    if OLDER_COMPILER:
         tables.append(PREFIX_ATTENTION_OLDER)
         if capped or group & (group - 1):
             tables.append(PREFIX_ATTENTION_OLDER_TIGHT)

@@ -106,12 +106,33 @@ def _cap(qk, cap_scale):
 
 
 @triton.jit
+def _positions(position, token, inside, window):
+    """Of the tokens `inside`; the tokens themselves where no window asks for positions."""
+    if window is None:
+        found = token
+    else:
+        found = tl.load(position + token, mask=inside, other=0)
+    return found
+
+
+@triton.jit
 def _visible(token, key, subtree_end, token_position, key_position, window):
     """The mask. Arguments broadcast to [queries, keys], or to [keys, queries]."""
     visible = (key <= token) & (token < subtree_end)
     if window is not None:
         visible = visible & (token_position - key_position < window)
     return visible
+
+
+@triton.jit
+def _sees_keys(token, token_position, start, subtree_end, position, T, window, BLOCK_N: tl.constexpr):
+    """The mask [tokens, BLOCK_N] of the keys from `start`."""
+    key = start + tl.arange(0, BLOCK_N)
+    key_end = tl.load(subtree_end + key, mask=key < T, other=0)
+    key_position = _positions(position, key, key < T, window)
+    return _visible(
+        token[:, None], key[None, :], key_end[None, :], token_position[:, None], key_position[None, :], window
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -132,9 +153,7 @@ def _forward_kernel(
     first_token, row, head = _packed_rows(tl.load(tile), G, BLOCK_M)
     token = first_token + row
     valid = token < T
-    token_position = token
-    if window is not None:
-        token_position = tl.load(position + token, mask=valid, other=0)
+    token_position = _positions(position, token, valid, window)
     q += first_token.to(tl.int64) * q_token + (kv_head * G).to(tl.int64) * q_head
     queries = _load_rows(q, row * q_token + head * q_head, valid, D, BLOCK_D, True)
     if sinks is None:
@@ -154,19 +173,7 @@ def _forward_kernel(
             values = _load_step(v, kv_head, start, v_token, v_head, T, DV, BLOCK_N, BLOCK_DV, PARTIAL, DESCRIPTORS)
             x = _cap(tl.dot(queries, tl.trans(keys), input_precision="ieee"), cap_scale)
             if PARTIAL:
-                key = start + tl.arange(0, BLOCK_N)
-                key_end = tl.load(subtree_end + key, mask=key < T, other=0)
-                key_position = key
-                if window is not None:
-                    key_position = tl.load(position + key, mask=key < T, other=0)
-                visible = _visible(
-                    token[:, None],
-                    key[None, :],
-                    key_end[None, :],
-                    token_position[:, None],
-                    key_position[None, :],
-                    window,
-                )
+                visible = _sees_keys(token, token_position, start, subtree_end, position, T, window, BLOCK_N)
                 x = tl.where(visible, x, float("-inf"))
             start = tl.load(steps + at + 1)  # a step ahead of its use
             after = tl.maximum(highest, tl.max(x, 1) * slope)
@@ -227,9 +234,7 @@ def _grad_q_kernel(
     first_token, row, head = _packed_rows(tl.load(tile), G, BLOCK_M)
     token = first_token + row
     valid = token < T
-    token_position = token
-    if window is not None:
-        token_position = tl.load(position + token, mask=valid, other=0)
+    token_position = _positions(position, token, valid, window)
     first_token = first_token.to(tl.int64)
     first_head = (kv_head * G).to(tl.int64)
     q += first_token * q_token + first_head * q_head
@@ -252,19 +257,7 @@ def _grad_q_kernel(
             x = _cap(tl.dot(queries, tl.trans(keys), input_precision="ieee"), cap_scale)
             weights = tl.exp2(x * slope - row_lse2[:, None])
             if PARTIAL:
-                key = start + tl.arange(0, BLOCK_N)
-                key_end = tl.load(subtree_end + key, mask=key < T, other=0)
-                key_position = key
-                if window is not None:
-                    key_position = tl.load(position + key, mask=key < T, other=0)
-                visible = _visible(
-                    token[:, None],
-                    key[None, :],
-                    key_end[None, :],
-                    token_position[:, None],
-                    key_position[None, :],
-                    window,
-                )
+                visible = _sees_keys(token, token_position, start, subtree_end, position, T, window, BLOCK_N)
                 weights = tl.where(visible, weights, 0.0)
             start = tl.load(steps + at + 1)  # a step ahead of its use
             grad_scores = weights * (grad_weights + row_shift[:, None])
@@ -295,9 +288,7 @@ def _grad_kv_kernel(
     key = first_key + key_offset
     inside = key < T
     key_end = tl.load(subtree_end + key, mask=inside, other=0)
-    key_position = key
-    if window is not None:
-        key_position = tl.load(position + key, mask=inside, other=0)
+    key_position = _positions(position, key, inside, window)
     first_key = first_key.to(tl.int64)
     k += first_key * k_token + kv_head.to(tl.int64) * k_head
     v += first_key * v_token + kv_head.to(tl.int64) * v_head
@@ -327,9 +318,7 @@ def _grad_kv_kernel(
             x = _cap(tl.dot(keys, tl.trans(queries), input_precision="ieee"), cap_scale)
             weights = tl.exp2(x * slope - row_lse2[None, :])
             if PARTIAL:
-                token_position = token
-                if window is not None:
-                    token_position = tl.load(position + token, mask=token < T, other=0)
+                token_position = _positions(position, token, token < T, window)
                 visible = _visible(
                     token[None, :],
                     key[:, None],

@@ -1,16 +1,21 @@
-"""Segment-mean InfoNCE in Triton: loss, matrix, metrics and token gradients of all groups in one launch.
+"""Segment-mean InfoNCE in Triton: loss, matrix, metrics and gradient of all groups in one launch, and one backward.
 
-One program owns a group and keeps its C x R matrix in registers. Sums over tokens run in float64, as in csrc/: the
-digits that tell two constitutions apart are the last ones of a long sum. Deterministic.
+Forward: one program owns a group and keeps its C x R matrix in registers. Sums over tokens run in float64, as in csrc/:
+the digits that tell two constitutions apart are the last ones of a long sum. Backward: all tokens of a pair have one
+gradient. Deterministic.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from sami_fast.kernels import configs
 from sami_fast.kernels.launch import expect_launchable, launching_on
 
-_LOADS = 4096  # tokens that a program has in flight
+_LOADS = 2048  # tokens that a program has in flight
+BACKWARD_OPTIONS = dict(BLOCK_S=8, BLOCK_T=128, num_warps=4, enable_fp_fusion=True)
 
 
 @triton.jit
@@ -19,6 +24,19 @@ def _expm1(x):
     series = 1.0 + x * (1.0 / 5.0) * (1.0 + x * (1.0 / 6.0) * (1.0 + x * (1.0 / 7.0)))
     series = x * (1.0 + x * (1.0 / 2.0) * (1.0 + x * (1.0 / 3.0) * (1.0 + x * (1.0 / 4.0) * series)))
     return tl.where(x > -0.35, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _mean(total, count, NEWTON: tl.constexpr):
+    """total / count in float64; by Newton's steps for compilers that divide in a function and spill around it."""
+    if NEWTON:
+        inverse = (1.0 / count.to(tl.float32)).to(tl.float64)
+        inverse *= 2.0 - count.to(tl.float64) * inverse
+        inverse *= 2.0 - count.to(tl.float64) * inverse
+        mean = total * inverse
+    else:
+        mean = total / count.to(tl.float64)
+    return mean
 
 
 @triton.jit
@@ -44,9 +62,9 @@ def _line(score, positive, counts, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _segment_infonce_kernel(
-    token_logprobs, offsets, table, positives, loss, matrix, metrics, grad_tokens,
-    MEAN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+def _segment_infonce_forward_kernel(
+    token_logprobs, offsets, table, positives, loss, matrix, metrics, grad_pairs,
+    MEAN: tl.constexpr, NEWTON: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Grid: (groups,)."""
     group = tl.program_id(0)
@@ -69,7 +87,7 @@ def _segment_infonce_kernel(
         value = tl.load(token_logprobs + (begin[:, :, None] + token[None, None, :]), mask=here, other=0.0)
         total += tl.sum(value.to(tl.float64), 2)
     if MEAN:
-        total = total / tl.maximum(length, 1).to(tl.float64)
+        total = _mean(total, tl.maximum(length, 1), NEWTON)
     score = tl.where(length > 0, total.to(tl.float32), float("-inf"))
     tl.store(matrix + cell, score, mask=inside)
 
@@ -89,20 +107,36 @@ def _segment_infonce_kernel(
     grad = 0.5 * (column_grad / R + row_grad / C)
     if MEAN:
         grad = grad / tl.maximum(length, 1)
-    for first in range(0, longest, BLOCK_T):
+    tl.store(grad_pairs + cell, grad, mask=inside)
+
+
+@triton.jit
+def _segment_infonce_backward_kernel(
+    grad_loss, grad_pairs, offsets, table, grad_tokens, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr
+):  # fmt: skip
+    """grad_tokens of BLOCK_S pairs of a group. Grid: (groups, blocks of the largest group's pairs)."""
+    group = tl.program_id(0)
+    cells = tl.load(table + 4 * group) * tl.load(table + 4 * group + 1)
+    pair = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    inside = pair < cells
+    cell = tl.load(table + 4 * group + 2).to(tl.int64) + pair
+    begin = tl.load(offsets + cell, mask=inside, other=0)
+    length = (tl.load(offsets + cell + 1, mask=inside, other=0) - begin).to(tl.int32)
+    grad = tl.load(grad_loss + group) * tl.load(grad_pairs + cell, mask=inside, other=0.0)
+    for first in range(0, tl.max(length, 0), BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
-        here = token[None, None, :] < length[:, :, None]
-        value = tl.broadcast_to(grad[:, :, None], (BLOCK_C, BLOCK_R, BLOCK_T))
-        tl.store(grad_tokens + (begin[:, :, None] + token[None, None, :]), value, mask=here)
+        value = tl.broadcast_to(grad[:, None], (BLOCK_S, BLOCK_T))
+        tl.store(grad_tokens + (begin[:, None] + token[None, :]), value, mask=token[None, :] < length[:, None])
 
 
-def launch_options(C: int, R: int) -> dict[str, int]:
-    """Tile and warps for groups of at most C x R, chosen so that those of the ahead-of-time gate do not spill."""
+def launch_options(C: int, R: int) -> dict[str, Any]:
+    """Tile and warps for groups of at most C x R, chosen so that none spills."""
     block_c, block_r = triton.next_power_of_2(C), triton.next_power_of_2(R)
     cells = block_c * block_r
-    block_t = min(16, _LOADS // cells) if cells <= 1024 else 1
-    num_warps = min(32, max(1, min(2, cells // 16), min(8, cells // 32), cells // 512))
-    return dict(BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_T=block_t, num_warps=num_warps, enable_fp_fusion=True)
+    block_t = 16 if cells <= 16 else max(1, min(8, _LOADS // cells))
+    num_warps = min(8, max(1, cells // 32))
+    tile = dict(BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_T=block_t)
+    return dict(**tile, NEWTON=configs.OLDER_COMPILER, num_warps=num_warps, enable_fp_fusion=True)
 
 
 def segment_infonce_forward(
@@ -113,24 +147,43 @@ def segment_infonce_forward(
     positives: torch.Tensor,
     normalize: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss [B], matrix [S], metrics [B, 3], d(loss)/d(token) [N]; float32 only, C and R of at most 256."""
+    """Loss [B], matrix [S], metrics [B, 3], d(loss)/d(token) of each pair [S]; float32 only.
+
+    The tile that holds every group, C and R rounded up to powers of two, may have 2048 cells.
+    """
     C, R = shapes.amax(dim=0).tolist()
-    expect_launchable("token_logprobs", token_logprobs, _segment_infonce_kernel)
+    expect_launchable("token_logprobs", token_logprobs, _segment_infonce_forward_kernel)
     B, S = shapes.shape[0], offsets.shape[0] - 1
-    token_logprobs = token_logprobs.contiguous()
-    loss, matrix, metrics = (token_logprobs.new_empty(size) for size in (B, S, (B, 3)))
-    grad_tokens = torch.empty_like(token_logprobs)
+    loss, matrix, metrics, grad_pairs = (token_logprobs.new_empty(size) for size in (B, S, (B, 3), S))
     with launching_on(token_logprobs.device):
-        _segment_infonce_kernel[(B,)](
-            token_logprobs,
+        _segment_infonce_forward_kernel[(B,)](
+            token_logprobs.contiguous(),
             offsets.contiguous(),
             table,
             positives.contiguous(),
             loss,
             matrix,
             metrics,
-            grad_tokens,
+            grad_pairs,
             MEAN=normalize == "mean",
             **launch_options(C, R),
         )
-    return loss, matrix, metrics, grad_tokens
+    return loss, matrix, metrics, grad_pairs
+
+
+def segment_infonce_backward(
+    grad_loss: torch.Tensor,
+    grad_pairs: torch.Tensor,
+    offsets: torch.Tensor,
+    shapes: torch.Tensor,
+    table: torch.Tensor,
+    num_tokens: int,
+) -> torch.Tensor:
+    """d(loss)/d(token) [N]."""
+    blocks = triton.cdiv(int(shapes.prod(dim=1).max()), BACKWARD_OPTIONS["BLOCK_S"])
+    grad_tokens = grad_pairs.new_empty(num_tokens)
+    with launching_on(grad_pairs.device):
+        _segment_infonce_backward_kernel[(shapes.shape[0], blocks)](
+            grad_loss.contiguous(), grad_pairs, offsets.contiguous(), table, grad_tokens, **BACKWARD_OPTIONS
+        )
+    return grad_tokens

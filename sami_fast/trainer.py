@@ -9,12 +9,14 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from sami_fast.fused_layers import apply_liger, compile_layers, liger_options
 from sami_fast.losses import infonce_loss
 from sami_fast.prefix_tree import Group, PackedTree, pack_within
 from sami_fast.scoring import Scores, check_model, score
@@ -51,6 +53,12 @@ class SamiConfig(TrainingArguments):
             starting at 0. "none" trains weights as they are: 2 + 2 + 2 bytes in bf16, and small updates are lost.
         keep_attention: with gradient_checkpointing, keep each layer's attention output rather than compute it again.
         check_model: score a random tree both ways before the first step and stop when they disagree.
+        dataloader_num_workers: processes that make packs while the device works; None is 1 for a GPU, which would wait
+            for the host otherwise, and 0 for the CPU.
+
+    Two of `TrainingArguments` fuse what lies between the matrix products of a layer. `torch_compile` compiles the
+    decoder layers in place, once for packs of all sizes (`fused_layers.compile_layers`), rather than the whole model.
+    `use_liger_kernel` takes Liger's kernels but for its losses, which would take the place of the head.
     """
 
     optim: str = field(default="rmsprop", metadata={"help": "optimiser; the paper's is RMSprop"})
@@ -61,6 +69,7 @@ class SamiConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "log every that many steps"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a loss that is not finite stops training"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "groups have no columns"})
+    dataloader_num_workers: int | None = field(default=None, metadata={"help": "processes that make packs ahead"})
     max_tokens: int = field(default=16384, metadata={"help": "packed tokens of one forward and backward"})
     normalize: str = field(default="mean", metadata={"help": '"mean" or "sum" over a response\'s tokens'})
     beta: float = field(default=0.0, metadata={"help": "weight of the KL to the reference model"})
@@ -76,10 +85,18 @@ class SamiConfig(TrainingArguments):
             raise ValueError(f"max_tokens: expected a positive number of tokens, got {self.max_tokens}")
         if self.beta < 0:
             raise ValueError(f"beta: expected a number >= 0, got {self.beta}")
+        chosen = self.dataloader_num_workers
+        self.dataloader_num_workers = chosen or 0
         super().__post_init__()
+        if chosen is None and self.device.type != "cpu":
+            self.dataloader_num_workers = 1
         if self.master_weights == "kahan" and self.optim not in _KAHAN_OPTIMIZERS:
             choices, got = sorted(_KAHAN_OPTIMIZERS), self.optim.value
             raise ValueError(f'optim: expected one of {choices} with master_weights="kahan", got {got!r}')
+        if self.use_liger_kernel:
+            self.liger_kernel_config = liger_options(self.liger_kernel_config)
+            if self.torch_compile:
+                raise ValueError("use_liger_kernel: expected one of torch_compile and use_liger_kernel, got both")
 
 
 class SamiTrainer(Trainer):
@@ -121,6 +138,12 @@ class SamiTrainer(Trainer):
             args = _widen_trainable(model, args)
         elif args.master_weights == "kahan":
             kwargs.setdefault("optimizer_cls_and_kwargs", _kahan_optimizer(args))
+        if args.master_weights != "kahan" and args.optim == "rmsprop":
+            kwargs.setdefault("optimizer_cls_and_kwargs", _rmsprop(model, args))
+        compiler = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+        compiles = args.torch_compile
+        if compiles:  # accelerate would compile the whole model, all of its layers one after the other
+            args = dataclasses.replace(args, torch_compile=False, torch_compile_backend=None, torch_compile_mode=None)
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, groups in {"train_dataset": train_dataset, **named}.items():
             _check_groups(name, groups, model, args.max_tokens)
@@ -134,6 +157,10 @@ class SamiTrainer(Trainer):
         )
         if self.ref_model is not None and self.ref_model is not model:
             self.ref_model.requires_grad_(False).eval().to(self.args.device)
+        if compiles:
+            compile_layers(self.model, **compiler)
+        if args.use_liger_kernel:
+            apply_liger(self.model, args.liger_kernel_config)
         if args.check_model:
             check_model(self.model)
         self._unchecked: list[tuple[torch.Tensor, PackedTree]] = []  # losses of the step's groups
@@ -264,8 +291,9 @@ def _group_metrics(scores: Scores, beta: float) -> tuple[torch.Tensor, torch.Ten
     result = infonce_loss(scores, reduction="none")
     kl = torch.zeros_like(result.loss)
     if scores.kl is not None:
-        pairs = torch.tensor([0] + [C * R for C, R in scores.packed.shapes], device=kl.device).cumsum(0)
-        kl = torch.segment_reduce(scores.kl, "mean", offsets=scores.packed.offsets[pairs], axis=0)
+        pairs = accumulate((C * R for C, R in scores.packed.shapes), initial=0)
+        offsets = torch.stack([scores.packed.offsets[pair] for pair in pairs])  # an index on the host would be copied
+        kl = torch.segment_reduce(scores.kl, "mean", offsets=offsets, axis=0)
     loss = result.loss + beta * kl if beta > 0 else result.loss
     rows = (loss, result.mutual_information, result.row_accuracy, result.column_accuracy, kl)
     return loss, torch.stack([row.detach() for row in rows], dim=1)
@@ -306,6 +334,19 @@ def _kahan_optimizer(args: SamiConfig) -> tuple[type[torch.optim.Optimizer], dic
     name, options = _KAHAN_OPTIMIZERS[args.optim](args)
     logger.info("16-bit weights updated by optimi.%s with Kahan summation", name)
     return getattr(optimi, name), {"lr": args.learning_rate, "kahan_sum": True, **options}
+
+
+_LARGE_WEIGHT = 1 << 20  # its update takes a GPU about as long as the launch of a kernel
+
+
+def _rmsprop(model: nn.Module, args: SamiConfig) -> tuple[type[torch.optim.Optimizer], dict]:
+    """RMSprop over lists of weights where they are small, as adapters are, so that launches do not dominate.
+
+    One weight after the other where they are large: a list takes as much memory again as all weights of it.
+    """
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    many_small = args.device.type != "cpu" and sum(sizes) < _LARGE_WEIGHT * len(sizes)
+    return torch.optim.RMSprop, {"lr": args.learning_rate, "foreach": many_small}
 
 
 def _check_groups(name: str, groups: Sequence[Group] | None, model: nn.Module, max_tokens: int) -> None:

@@ -73,7 +73,8 @@ def _tree_attention(
         raise prefix_tree.unsupported(
             f"{type(module).__name__} attends from {query.shape[2]} to {key.shape[2]} tokens, the tree has {tokens}"
         )
-    prefix_tree.windows[getattr(module, "layer_idx", id(module))] = sliding_window
+    if not torch.compiler.is_compiling():  # what tells layers apart would compile each of them anew
+        prefix_tree.windows[getattr(module, "layer_idx", id(module))] = sliding_window
     q, k, v = (autocast(states[0].transpose(0, 1)) for states in (query, key, value))
     attend = prefix_tree.backend
     if not callable(attend):
@@ -85,7 +86,8 @@ def _tree_attention(
 def autocast(tensor: torch.Tensor) -> torch.Tensor:
     """What autocast does to the inputs of PyTorch's own attention and linear layers, for ops that it does not know."""
     device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return tensor.to(torch.get_autocast_dtype(device)) if enabled else tensor
 
 
 AttentionInterface.register(_ATTENTION, _tree_attention)
@@ -140,6 +142,8 @@ def tree_mode(model: nn.Module, keep_attention: bool = False) -> Iterator[None]:
         def run(function: Callable, *args, **kwargs):
             if keep_attention:
                 kwargs.setdefault("context_fn", _saving_attention)
+            if torch.compiler.is_compiling():  # compiled code computes again what it computed, whatever is set by then
+                return original(function, *args, **kwargs)
 
             def layer(*layer_args, **layer_kwargs):
                 with _attention_setting(configs):

@@ -35,14 +35,27 @@ def test_shipped_kernels_compile_to_good_code(architecture, dtype, sizes, option
         assert not report.failures, aot.line(report)
 
 
-@pytest.mark.parametrize("side", [4, 64])
-def test_shipped_infonce_kernel_does_not_spill(side):
+@pytest.mark.parametrize(("C", "R"), [(4, 4), (32, 64), (256, 1)])
+def test_shipped_infonce_kernels_do_not_spill(C, R):
     from benchmarks import aot
 
-    case = aot.InfonceCase(80, side)
+    case = aot.InfonceCase(80, C, R)
     assert case in set(aot.cases())
-    (report,) = aot.check(case)
-    assert report.kernel == "segment_infonce" and not report.failures, aot.line(report)
+    reports = aot.check(case)
+    assert [report.kernel for report in reports] == ["segment_infonce_forward", "segment_infonce_backward"]
+    for report in reports:
+        assert not report.failures, aot.line(report)
+
+
+def test_every_tile_of_infonce_is_among_the_cases():
+    from benchmarks import aot
+    from sami_fast.kernels.segment_infonce import launch_options
+
+    def tiles(shapes):
+        return {tuple(sorted(launch_options(*shape).items())) for shape in shapes}
+
+    squares = {(n, n) for n in range(1, 33)}
+    assert tiles(squares) <= tiles(aot.INFONCE_SHAPES)
 
 
 def test_registers_of_the_extension_are_read():
@@ -52,7 +65,9 @@ def test_registers_of_the_extension_are_read():
     if aot.extension_cases():
         assert case in aot.extension_cases()
         reports = aot.check(case)
-        assert {report.launch for report in reports} == {f"int{n}, {lanes}" for n in (32, 64) for lanes in (8, 32)}
+        launches = {(report.kernel, report.launch) for report in reports}
+        forward = {("segment_infonce_forward", f"int{n}, {lanes}") for n in (32, 64) for lanes in (8, 32)}
+        assert launches == forward | {("segment_infonce_backward", f"int{n}") for n in (32, 64)}
         for report in reports:
             assert report.registers > 0 and not report.failures, aot.line(report)
     log = (

@@ -43,31 +43,43 @@ class Case:
         self.shapes = torch.tensor(bases, dtype=torch.int32)
         self.tokens = torch.empty(int(self.offsets[-1])).exponential_(generator=rng).neg_()
 
-    def run(self, device, *, normalize="mean", offsets=None, want_grad=True, max_cells=None):
-        """Loss [B], metrics [B, 3], matrix [S], token gradient [N], every output poisoned with NaN beforehand."""
+    def run(self, device, *, normalize="mean", offsets=None, max_cells=None, loss_grad=None):
+        """Loss [B], metrics [B, 3], matrix [S], token gradient [N], every output poisoned with NaN beforehand.
+
+        `loss_grad`: [B] upstream; None is one everywhere.
+        """
         offsets = (self.offsets if offsets is None else offsets).to(device)
         tokens, shapes, positives = (x.to(device) for x in (self.tokens, self.shapes, self.positives))
         B, S, N = len(self.sizes), offsets.numel() - 1, tokens.numel()
-        loss, metrics, matrix, grad = (torch.full(n, NAN, device=device) for n in ((B,), (B, 3), (S,), (N,)))
-        arguments = {
-            "token_logprobs": tokens.data_ptr(),
+        sizes = ((B,), (B, 3), (S,), (S,), (N,))
+        loss, metrics, matrix, pair_grad, token_grad = (torch.full(size, NAN, device=device) for size in sizes)
+        upstream = torch.ones(B, device=device) if loss_grad is None else loss_grad.to(device)
+        groups = {
             "offsets": offsets.data_ptr(),
             "offsets_bits": torch.iinfo(offsets.dtype).bits,
             "shapes": shapes.data_ptr(),
-            "positives": positives.data_ptr(),
             "groups": B,
             "max_cells": max(C * R for C, R in self.sizes) if max_cells is None else max_cells,
+        }
+        forward = {
+            "token_logprobs": tokens.data_ptr(),
+            "positives": positives.data_ptr(),
             "normalize": normalize,
             "loss": loss.data_ptr(),
             "metrics": metrics.data_ptr(),
             "matrix": matrix.data_ptr(),
-            "token_grad": grad.data_ptr() if want_grad else 0,
+            "pair_grad": pair_grad.data_ptr(),
         }
+        backward = {"loss_grad": upstream.data_ptr(), "pair_grad": pair_grad.data_ptr()}
+        backward["token_grad"] = token_grad.data_ptr()
         if device == "cuda":
-            _C.segment_infonce_cuda(**arguments, stream=torch.cuda.current_stream().cuda_stream)
+            stream = torch.cuda.current_stream().cuda_stream
+            _C.segment_infonce_forward_cuda(**groups, **forward, stream=stream)
+            _C.segment_infonce_backward_cuda(**groups, **backward, stream=stream)
         else:
-            _C.segment_infonce_host(**arguments)
-        return loss.cpu(), metrics.cpu(), matrix.cpu(), grad.cpu()
+            _C.segment_infonce_forward_host(**groups, **forward)
+            _C.segment_infonce_backward_host(**groups, **backward)
+        return loss.cpu(), metrics.cpu(), matrix.cpu(), token_grad.cpu()
 
     def pairs(self, b):
         C, R, cell, _ = self.shapes[b].tolist()
@@ -154,9 +166,16 @@ def test_paths_agree_bitwise(device):
         assert all(torch.equal(a, b) for a, b in zip(first, unstaged, strict=True))
     else:
         case.check(device, "mean", max_cells=0)
-    without_grad = case.run(device, want_grad=False)
-    assert all(torch.equal(a, b) for a, b in zip(first[:3], without_grad[:3], strict=True))
-    assert without_grad[3].isnan().all()  # not touched
+
+
+def test_backward_scales_each_group_by_its_upstream_gradient(device):
+    case = Case(EVERY_SHAPE, seed=11, unscored=0.2)
+    plain, upstream = case.run(device)[3], torch.linspace(-2.0, 3.0, len(EVERY_SHAPE))
+    for offsets in (case.offsets, case.offsets.int()):
+        scaled = case.run(device, loss_grad=upstream, offsets=offsets)[3]
+        for b in range(len(EVERY_SHAPE)):
+            tokens = case.token_span(b)
+            assert torch.equal(scaled[tokens], plain[tokens] * upstream[b])
 
 
 @pytest.mark.parametrize("bad", [NAN, -math.inf])
@@ -223,10 +242,16 @@ def test_what_cannot_be_computed_is_nan_and_loud(device):
     assert torch.equal(loss[[0, 2]], clean[0][[0, 2]])
 
 
-def arguments_without_tensors(**changes):
-    names = ("token_logprobs", "offsets", "shapes", "positives", "loss", "metrics", "matrix", "token_grad")
-    sizes = {"offsets_bits": 64, "groups": 1, "max_cells": 4, "normalize": "mean"}
-    return {**dict.fromkeys(names, 64), **sizes, **changes}
+GROUPS = {"offsets": 64, "offsets_bits": 64, "shapes": 64, "groups": 1, "max_cells": 4}
+FORWARD = GROUPS | {"normalize": "mean"}
+FORWARD |= dict.fromkeys(("token_logprobs", "positives", "loss", "metrics", "matrix", "pair_grad"), 64)
+BACKWARD = GROUPS | dict.fromkeys(("loss_grad", "pair_grad", "token_grad"), 64)
+CALLS = {
+    _C.segment_infonce_forward_host: FORWARD,
+    _C.segment_infonce_forward_cuda: FORWARD | {"stream": 0},
+    _C.segment_infonce_backward_host: BACKWARD,
+    _C.segment_infonce_backward_cuda: BACKWARD | {"stream": 0},
+}
 
 
 @pytest.mark.parametrize(
@@ -242,23 +267,29 @@ def arguments_without_tensors(**changes):
         ("loss", 0),
         ("metrics", 0),
         ("matrix", 0),
+        ("pair_grad", 0),
+        ("loss_grad", 0),
     ],
 )
 def test_bad_arguments_are_named(name, value):
-    for call, extra in ((_C.segment_infonce_host, {}), (_C.segment_infonce_cuda, {"stream": 0})):
+    taking = {call: arguments for call, arguments in CALLS.items() if name in arguments}
+    assert taking
+    for call, arguments in taking.items():
         with pytest.raises(ValueError, match=f"^{name}: expected .* got '?{value}"):
-            call(**arguments_without_tensors(**{name: value}), **extra)
+            call(**arguments | {name: value})
 
 
 def test_no_groups_is_nothing_to_do():
-    for call, extra in ((_C.segment_infonce_host, {}), (_C.segment_infonce_cuda, {"stream": 0})):
-        assert call(**arguments_without_tensors(groups=0), **extra) is None
+    for call, arguments in CALLS.items():
+        assert call(**arguments | {"groups": 0}) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_launch_without_a_device_raises_with_cudas_words():
-    with pytest.raises(RuntimeError, match=r"^segment_infonce: .*(CUDA|driver|device)"):
-        _C.segment_infonce_cuda(**arguments_without_tensors(), stream=0)
+    for name in ("segment_infonce_forward", "segment_infonce_backward"):
+        call = getattr(_C, f"{name}_cuda")
+        with pytest.raises(RuntimeError, match=rf"^{name}: .*(CUDA|driver|device)"):
+            call(**CALLS[call])
 
 
 def test_cuda_version():

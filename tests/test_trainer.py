@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from sami_fast import Group, pack
 from sami_fast.losses import infonce_loss
 from sami_fast.scoring import UnsupportedModelError, score
-from sami_fast.trainer import NonFiniteError, SamiConfig, SamiTrainer
+from sami_fast.trainer import NonFiniteError, SamiConfig, SamiTrainer, _rmsprop
 
 VOCAB = 97
 
@@ -206,6 +206,87 @@ def test_kl_to_the_reference_is_logged_and_holds_the_model_back(tmp_path, adapte
                 name for name, _ in trainer.model.named_parameters() if "lora_" in name
             }
     assert 0 <= drift[100.0] < drift[0.01]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_packs_made_ahead_are_the_same_in_the_same_order(tmp_path, workers):
+    def batches(count):
+        options = dict(dataloader_num_workers=count, max_tokens=60, per_device_train_batch_size=5)
+        loader = SamiTrainer(llama(), config(tmp_path, **options), dataset()).get_train_dataloader()
+        return [batch["packs"] for batch in loader]
+
+    made, ahead = batches(0), batches(workers)
+    assert [len(packs) for packs in made] == [len(packs) for packs in ahead] and max(map(len, made)) > 1
+    for a, b in zip((p for packs in made for p in packs), (p for packs in ahead for p in packs), strict=True):
+        assert a.ids == b.ids and a.shapes == b.shapes and a.plan.nodes.equal(b.plan.nodes)
+        for name in ("input_ids", "position_ids", "subtree_end", "hidden_index", "labels", "offsets", "positives"):
+            assert getattr(a, name).equal(getattr(b, name)), name
+
+
+def test_training_with_packs_made_ahead_is_the_same(tmp_path):
+    trainers = [SamiTrainer(llama(), config(tmp_path, dataloader_num_workers=count), dataset()) for count in (0, 1)]
+    for trainer in trainers:
+        trainer.train()
+    for (name, a), b in zip(weights(trainers[0].model).items(), weights(trainers[1].model).values(), strict=True):
+        assert a.equal(b), name
+
+
+def test_packs_are_pinned_by_the_data_loader(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.numel()) or tensor.clone())
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    packed = pack(dataset(3))
+    batch = pin_memory({"packs": [packed]}, "cuda")
+    assert len(pinned) == 9  # all but the table of nodes, which the host walks
+    assert batch["packs"][0].plan.nodes is packed.plan.nodes and batch["packs"][0].labels is not packed.labels
+
+
+def test_processes_make_packs_where_there_is_a_gpu(tmp_path, monkeypatch):
+    assert config(tmp_path).dataloader_num_workers == 0
+    monkeypatch.setattr(SamiConfig, "device", torch.device("cuda"))
+    assert config(tmp_path).dataloader_num_workers == 1
+    assert config(tmp_path, dataloader_num_workers=3).dataloader_num_workers == 3
+
+
+def test_rmsprop_runs_over_lists_of_adapters_and_one_large_weight_at_a_time(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    options = config(tmp_path)
+    adapters = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=2))
+    large = torch.nn.Linear(2048, 1024)
+    assert _rmsprop(adapters, options)[1]["foreach"] is False  # on the CPU it gains nothing
+    monkeypatch.setattr(SamiConfig, "device", torch.device("cuda"))
+    assert _rmsprop(adapters, options)[1]["foreach"] is True and _rmsprop(large, options)[1]["foreach"] is False
+
+
+@pytest.mark.parametrize(("optim", "flag"), [("rmsprop", "foreach"), ("adamw_torch_fused", "fused")])
+def test_the_optimiser_says_how_it_runs(tmp_path, optim, flag):
+    trainer = SamiTrainer(llama(), config(tmp_path, optim=optim, learning_rate=2e-4), dataset())
+    optimizer = trainer.create_optimizer()
+    assert {group[flag] for group in optimizer.param_groups} == {optim == "adamw_torch_fused"}
+    assert {group["lr"] for group in optimizer.param_groups} == {2e-4}
+
+
+def test_layers_are_compiled_in_place_and_the_model_is_not(tmp_path):
+    torch._dynamo.reset()
+    plain, compiled = (
+        SamiTrainer(llama(), config(tmp_path, optim="sgd", learning_rate=0.1, max_tokens=60, **extra), dataset())
+        for extra in ({}, dict(torch_compile=True, torch_compile_backend="aot_eager", gradient_checkpointing=True))
+    )
+    names = list(weights(compiled.model))
+    for trainer in (plain, compiled):
+        trainer.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert list(weights(compiled.model)) == names and not hasattr(compiled.model_wrapped, "_orig_mod")
+    for (name, a), b in zip(weights(plain.model).items(), weights(compiled.model).values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
+
+
+def test_liger_and_compiled_layers_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="expected one of torch_compile and use_liger_kernel, got both"):
+        config(tmp_path, torch_compile=True, use_liger_kernel=True)
+    made = config(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    assert made.liger_kernel_config == {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def test_one_process_saves_json_and_safetensors_only(tmp_path):

@@ -2,7 +2,7 @@
 
 import torch
 
-from sami_fast.ops.dispatch import describe, expect, expect_like, run, triton_or_reference, wide_dtype
+from sami_fast.ops.dispatch import expect, expect_like, run, triton_or_reference, wide_dtype
 from sami_fast.prefix_tree import AttentionPlan
 
 
@@ -111,25 +111,23 @@ def prefix_attention(
     Raises:
         ValueError: a shape, dtype, device, plan or backend that does not fit, by name.
     """
-    expect(q.dim() == 3, "q", "[T, Hq, D]", describe(q))
+    expect(q.dim() == 3, "q", "[T, Hq, D]", q)
     expect(q.is_floating_point(), "q", "a floating-point dtype", q.dtype)
     T, Hq, D = q.shape
     expect(
         k.dim() == 3 and k.shape[1] > 0 and Hq % k.shape[1] == 0,
         "k",
         f"[T, Hkv, D] with Hkv dividing {Hq}",
-        describe(k),
+        k,
     )
     expect_like("k", k, (T, k.shape[1], D), q)
     expect_like("v", v, (T, k.shape[1], v.shape[-1]), q)
-    expect(plan.subtree_end.shape[0] == T, "plan", f"a plan of {T} tokens as q has", plan.subtree_end.shape[0])
+    expect(plan.subtree_end.shape[0] == T, "plan", lambda: f"a plan of {T} tokens as q has", plan.subtree_end.shape[0])
     expect(plan.device == q.device, "plan", f"a plan on {q.device} as q is", plan.device)
     expect(window is None or window > 0, "window", "a positive number of positions or None", window)
     expect(softcap is None or softcap > 0, "softcap", "a positive number or None", softcap)
     if sinks is not None:
-        expect(
-            tuple(sinks.shape) == (Hq,) and sinks.device == q.device, "sinks", f"[{Hq}] on {q.device}", describe(sinks)
-        )
+        expect(tuple(sinks.shape) == (Hq,) and sinks.device == q.device, "sinks", f"[{Hq}] on {q.device}", sinks)
     name = triton_or_reference("prefix_attention", backend, q, fits=max(D, v.shape[2]) <= 256)
     out, lse = _prefix_attention(
         q,

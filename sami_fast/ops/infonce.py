@@ -4,12 +4,15 @@ import functools
 import importlib.util
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from sami_fast.ops.dispatch import HAS_TRITON, describe, expect, expect_index, resolve, run
+from sami_fast.ops.dispatch import HAS_TRITON, expect, expect_index, resolve, run
 
-_MAX_SIDE = 256  # of a group, in the kernels
+_MAX_SIDE = 256  # of a group, in CUDA C++
+_MAX_TILE = 2048  # cells in Triton, which holds every group in one tile, and a tile in registers
+_HAS_EXTENSION = importlib.util.find_spec("sami_fast._C") is not None
 _NEEDS = {"cuda": "sami_fast._C to be built", "triton": "triton to be installed"}
 
 
@@ -31,52 +34,104 @@ def _segment_infonce(
 def _(token_logprobs, offsets, shapes, table, positives, normalize, backend):
     B, S = shapes.shape[0], offsets.shape[0] - 1
     new = token_logprobs.new_empty
-    return new(B), new(S), new((B, 3)), new(token_logprobs.shape)
+    return new(B), new(S), new((B, 3)), new(S)
+
+
+@torch.library.custom_op("sami_fast::segment_infonce_backward", mutates_args=())
+def _segment_infonce_backward(
+    grad_loss: torch.Tensor,
+    grad_pairs: torch.Tensor,
+    offsets: torch.Tensor,
+    shapes: torch.Tensor,
+    table: torch.Tensor,
+    num_tokens: int,
+    backend: str,
+) -> torch.Tensor:
+    arguments = (grad_loss, grad_pairs, offsets, shapes, table, num_tokens)
+    return run("segment_infonce", "backward", backend, arguments)
+
+
+@_segment_infonce_backward.register_fake
+def _(grad_loss, grad_pairs, offsets, shapes, table, num_tokens, backend):
+    return grad_pairs.new_empty(num_tokens)
 
 
 def _segment_infonce_setup(ctx, inputs, output):
-    _, offsets, _, table, *_ = inputs
+    token_logprobs, offsets, shapes, table, _, _, ctx.backend = inputs
+    ctx.num_tokens = token_logprobs.shape[0]
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[3], offsets, table)
+    ctx.save_for_backward(output[3], offsets, shapes, table)
 
 
 def _segment_infonce_autograd(ctx, grad_loss, *_):
-    grad_tokens, offsets, table = ctx.saved_tensors
-    tokens = torch.diff(offsets[table[:, 2].long()], append=offsets[-1:])
-    grad_loss = grad_loss.to(grad_tokens.dtype).repeat_interleave(tokens, output_size=grad_tokens.numel())
-    return grad_tokens * grad_loss, None, None, None, None, None, None
+    if grad_loss is None:
+        return (None,) * 7
+    grad_tokens = _segment_infonce_backward(grad_loss, *ctx.saved_tensors, ctx.num_tokens, ctx.backend)
+    return grad_tokens, *(None,) * 6
 
 
 _segment_infonce.register_autograd(_segment_infonce_autograd, setup_context=_segment_infonce_setup)
 
 
-@functools.lru_cache(maxsize=256)
-def _group_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
-    """[B, 4] int32: C, R, first pair and first response of each group.
+class _EagerSegmentInfonce(torch.autograd.Function):
+    """The op without the boundary of `torch.library`, which takes longer than all the work on a small group."""
 
-    Kept, so that steps of like shapes copy nothing to the device and can be captured in a CUDA graph.
-    """
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = run("segment_infonce", "forward", inputs[-1], inputs[:-1])
+        _segment_infonce_setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None or torch.is_grad_enabled():  # the registered op refuses a second derivative
+            return _segment_infonce_autograd(ctx, grad_loss)
+        arguments = (grad_loss, *ctx.saved_tensors, ctx.num_tokens)
+        return run("segment_infonce", "backward", ctx.backend, arguments), None, None, None, None, None, None
+
+
+class _Groups(NamedTuple):
+    """What follows from the shapes of the groups alone."""
+
+    shapes: torch.Tensor  # [B, 2] int64 on the host
+    table: torch.Tensor  # [B, 4] int32 on the device: C, R, first pair and first response of each group
+    pairs: int
+    responses: int
+    side: int  # the most prompts or responses of a group
+    tile: int  # cells: the most prompts times the most responses, rounded up to powers of two
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(shapes: tuple[tuple[int, int], ...], device: torch.device) -> _Groups:
+    """Kept, so that steps of like shapes copy nothing to the device and can be captured in a CUDA graph."""
+    expect(len(shapes) > 0 and all(min(s) > 0 for s in shapes), "shapes", "(C, R) > 0 for each group", list(shapes))
     rows, pairs, responses = [], 0, 0
     for C, R in shapes:
         rows.append((C, R, pairs, responses))
         pairs, responses = pairs + C * R, responses + R
     table = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)  # from pinned memory: the host goes on
+    on_device = table.to(device, non_blocking=True)  # from pinned memory: the host goes on
+    most = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    tile = math.prod([1 << (size - 1).bit_length() for size in most])
+    return _Groups(torch.tensor(shapes), on_device, pairs, responses, max(most), tile)
 
 
-def _infonce_backend(backend: str | None, token_logprobs: torch.Tensor, shapes: tuple[tuple[int, int], ...]) -> str:
-    name = resolve("segment_infonce", backend, token_logprobs.device)
-    has_extension = importlib.util.find_spec("sami_fast._C") is not None
-    if backend is None and name != "reference":
-        if token_logprobs.dtype != torch.float32 or max(map(max, shapes)) > _MAX_SIDE:
-            return "reference"
-        return "cuda" if has_extension else "triton" if HAS_TRITON else "reference"
+def _infonce_backend(backend: str | None, token_logprobs: torch.Tensor, groups: _Groups) -> str:
+    device, dtype = token_logprobs.device, token_logprobs.dtype
+    name = resolve("segment_infonce", backend, device)
+    if backend is None:
+        kernels = {"cpu": ["cuda"], "cuda": ["cuda", "triton"]}.get(device.type, []) if dtype == torch.float32 else []
+        takes = {"cuda": _HAS_EXTENSION and groups.side <= _MAX_SIDE, "triton": HAS_TRITON and groups.tile <= _MAX_TILE}
+        return next((kernel for kernel in kernels if takes[kernel]), "reference")
     if name != "reference":
-        installed = has_extension if name == "cuda" else HAS_TRITON
-        expect(installed, "backend", f"{_NEEDS[name]} for {name!r}", "no such module")
-        expect(token_logprobs.dtype == torch.float32, "token_logprobs", "torch.float32", token_logprobs.dtype, name)
-        largest = max(shapes, key=max)
-        expect(max(largest) <= _MAX_SIDE, "shapes", f"C and R of at most {_MAX_SIDE}", largest, name)
+        expect(_HAS_EXTENSION if name == "cuda" else HAS_TRITON, "backend", f"{_NEEDS[name]} for {name!r}", "no module")
+        expect(dtype == torch.float32, "token_logprobs", "torch.float32", dtype, name)
+    if name == "cuda":
+        expect(groups.side <= _MAX_SIDE, "shapes", f"C and R of at most {_MAX_SIDE}", groups.side, name)
+    if name == "triton":
+        limit = f"at most {_MAX_TILE} cells, C and R rounded up to powers of two"
+        expect(groups.tile <= _MAX_TILE, "shapes", limit, groups.tile, name)
     return name
 
 
@@ -102,6 +157,8 @@ def segment_infonce(
         shapes: (C, R) of each group; pair `j * R + k` of a group is prompt j with response k.
         positives: [sum(R)] int64, g of every group end to end.
         normalize: "mean" or "sum" over a response's tokens.
+        backend: None is "cuda" where sami_fast._C was built (CPU tensors run its host code), else "triton" on CUDA, for
+            what these take (float32; 256 prompts or responses, or about 32 x 64), else "reference".
 
     Returns:
         loss [B], differentiable; matrix [S]; metrics [B, 3]: mutual information in nats, the mean of log C - column
@@ -111,18 +168,14 @@ def segment_infonce(
         ValueError: a shape, dtype, device or option that does not fit, by name.
     """
     expect(normalize in ("mean", "sum"), "normalize", '"mean" or "sum"', repr(normalize))
-    expect(
-        token_logprobs.dim() == 1 and token_logprobs.is_floating_point(),
-        "token_logprobs",
-        "floating point [N]",
-        describe(token_logprobs),
-    )
-    expect(len(shapes) > 0 and all(min(s) > 0 for s in shapes), "shapes", "(C, R) > 0 for each group", list(shapes))
-    device = token_logprobs.device
-    expect_index("offsets", offsets, (sum(math.prod(s) for s in shapes) + 1,), device)
-    expect_index("positives", positives, (sum(R for _, R in shapes),), device)
-    shapes = tuple((int(C), int(R)) for C, R in shapes)
-    table = (_group_table.__wrapped__ if torch.compiler.is_compiling() else _group_table)(shapes, device)
-    on_host = torch.tensor(shapes, dtype=torch.int64).view(-1, 2)
-    name = _infonce_backend(backend, token_logprobs, shapes)
-    return _segment_infonce(token_logprobs, offsets, on_host, table, positives, normalize, name)[:3]
+    good = token_logprobs.dim() == 1 and token_logprobs.is_floating_point()
+    expect(good, "token_logprobs", "floating point [N]", token_logprobs)
+    device, compiling = token_logprobs.device, torch.compiler.is_compiling()
+    groups = (_groups.__wrapped__ if compiling else _groups)(tuple(map(tuple, shapes)), device)
+    expect_index("offsets", offsets, (groups.pairs + 1,), device)
+    expect_index("positives", positives, (groups.responses,), device)
+    name = _infonce_backend(backend, token_logprobs, groups)
+    # Tensors without data, and whatever else is more than a tensor, go through the registered op.
+    eager = not compiling and type(token_logprobs) is torch.Tensor and device.type != "meta"
+    op = _EagerSegmentInfonce.apply if eager else _segment_infonce
+    return op(token_logprobs, offsets, groups.shapes, groups.table, positives, normalize, name)[:3]

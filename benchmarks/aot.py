@@ -40,6 +40,7 @@ SHARED_MEMORY = {"descriptors": 227 << 10, "pointers": 99 << 10}
 # Square groups, narrow ones and the largest: every tile that the launcher makes of squares is among them.
 INFONCE_SHAPES = [(1, 1), (2, 2), (3, 5), (4, 4), (8, 8), (16, 16), (32, 32), (2, 16), (16, 2), (1, 32), (32, 1)]
 INFONCE_SHAPES += [(4, 64), (64, 4), (32, 64), (64, 32), (8, 256), (256, 8), (1, 256), (256, 1)]
+INFONCE_SHAPES += [(64, 64), (128, 128), (16, 256), (256, 16), (256, 256)]
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
@@ -191,9 +192,9 @@ def _head_calls(case: HeadCase) -> list[Call]:
 
 def _infonce_calls(case: InfonceCase) -> list[Call]:
     """Forward and backward of one group."""
+    forward, options = segment_infonce.forward_launch(case.C, case.R)
     passes = {
-        segment_infonce._segment_infonce_forward_kernel: {"MEAN": True}
-        | segment_infonce.launch_options(case.C, case.R),
+        forward: {"MEAN": True} | options,
         segment_infonce._segment_infonce_backward_kernel: dict(segment_infonce.BACKWARD_OPTIONS),
     }
     launches = []

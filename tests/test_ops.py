@@ -246,8 +246,6 @@ def test_opcheck():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 256), (256, 256), (17, 33), (3, 64)])
 def test_segment_infonce_of_large_groups(shape, normalize, backend):
     C, R = shape
-    if backend == "triton" and shape == (256, 256):
-        pytest.skip("its tile holds at most 2048 cells")
     rng = np.random.default_rng(11)
     lengths = rng.integers(1, 4, C * R)
     offsets = torch.tensor(np.r_[0, np.cumsum(lengths)])
@@ -266,6 +264,35 @@ def test_segment_infonce_of_large_groups(shape, normalize, backend):
     assert_exact(grad, e_grad, "gradient")
     assert torch.allclose(loss.double(), e_loss, rtol=1e-6, atol=1e-6)
     assert torch.allclose(metrics.double(), e_metrics, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("tile", [1, 4, 14])
+def test_segment_infonce_by_strips_of_rows(tile, seed, monkeypatch):
+    small = (
+        kernels.forward_launch(*np.max(packed.shapes, axis=0).tolist())[0] is kernels._segment_infonce_forward_kernel
+    )
+    assert not small
+    from sami_fast.kernels import segment_infonce as kernels
+
+    monkeypatch.setattr(kernels, "_TILE", tile)
+    rng = np.random.default_rng(seed)
+    packed = pack([random_group(rng, *sorted(rng.integers(2, 7, 2)), masked=bool(i % 2)) for i in range(4)])
+    assert kernels.forward_launch(*np.max(packed.shapes, axis=0).tolist())[0] is kernels._segment_infonce_strips_kernel
+    tokens = torch.tensor(-rng.exponential(size=packed.labels.numel()) - 200.0 * (seed % 2), dtype=torch.float32)
+    positives = packed.positives.clone()
+    if seed % 3 == 1:
+        tokens[rng.integers(len(tokens))] = [torch.nan, -torch.inf][seed % 2]
+    if seed % 3 == 2:
+        positives[rng.integers(len(positives))] = 99
+    results = []
+    for backend in ("triton", "reference"):
+        leaf = tokens.to(torch.float32 if backend == "triton" else torch.float64).requires_grad_()
+        outputs = segment_infonce(leaf, packed.offsets, packed.shapes, positives, backend=backend)
+        results.append((*outputs, *torch.autograd.grad(outputs[0].sum(), leaf)))
+    for name, a, e in zip(("loss", "matrix", "metrics", "gradient"), *results, strict=True):
+        assert torch.allclose(a.double(), e, rtol=2e-5, atol=2e-5, equal_nan=True), name
 
 
 def test_ops_compile_to_one_graph():

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,8 +9,7 @@ import torch
 
 from sami_fast.ops.dispatch import HAS_TRITON, expect, expect_index, resolve, run
 
-_MAX_SIDE = 256  # of a group, in CUDA C++
-_MAX_TILE = 2048  # cells in Triton, which holds every group in one tile, and a tile in registers
+_MAX_SIDE = 256  # of a group, in the kernels
 _HAS_EXTENSION = importlib.util.find_spec("sami_fast._C") is not None
 _NEEDS = {"cuda": "sami_fast._C to be built", "triton": "triton to be installed"}
 
@@ -99,7 +97,6 @@ class _Groups(NamedTuple):
     pairs: int
     responses: int
     side: int  # the most prompts or responses of a group
-    tile: int  # cells: the most prompts times the most responses, rounded up to powers of two
 
 
 @functools.lru_cache(maxsize=256)
@@ -112,9 +109,7 @@ def _groups(shapes: tuple[tuple[int, int], ...], device: torch.device) -> _Group
         pairs, responses = pairs + C * R, responses + R
     table = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
     on_device = table.to(device, non_blocking=True)  # from pinned memory: the host goes on
-    most = [max(sizes) for sizes in zip(*shapes, strict=True)]
-    tile = math.prod([1 << (size - 1).bit_length() for size in most])
-    return _Groups(torch.tensor(shapes), on_device, pairs, responses, max(most), tile)
+    return _Groups(torch.tensor(shapes), on_device, pairs, responses, max(map(max, shapes)))
 
 
 def _infonce_backend(backend: str | None, token_logprobs: torch.Tensor, groups: _Groups) -> str:
@@ -122,16 +117,13 @@ def _infonce_backend(backend: str | None, token_logprobs: torch.Tensor, groups: 
     name = resolve("segment_infonce", backend, device)
     if backend is None:
         kernels = {"cpu": ["cuda"], "cuda": ["cuda", "triton"]}.get(device.type, []) if dtype == torch.float32 else []
-        takes = {"cuda": _HAS_EXTENSION and groups.side <= _MAX_SIDE, "triton": HAS_TRITON and groups.tile <= _MAX_TILE}
-        return next((kernel for kernel in kernels if takes[kernel]), "reference")
+        installed = {"cuda": _HAS_EXTENSION, "triton": HAS_TRITON}
+        takes = (kernel for kernel in kernels if installed[kernel] and groups.side <= _MAX_SIDE)
+        return next(takes, "reference")
     if name != "reference":
         expect(_HAS_EXTENSION if name == "cuda" else HAS_TRITON, "backend", f"{_NEEDS[name]} for {name!r}", "no module")
         expect(dtype == torch.float32, "token_logprobs", "torch.float32", dtype, name)
-    if name == "cuda":
         expect(groups.side <= _MAX_SIDE, "shapes", f"C and R of at most {_MAX_SIDE}", groups.side, name)
-    if name == "triton":
-        limit = f"at most {_MAX_TILE} cells, C and R rounded up to powers of two"
-        expect(groups.tile <= _MAX_TILE, "shapes", limit, groups.tile, name)
     return name
 
 
@@ -158,7 +150,7 @@ def segment_infonce(
         positives: [sum(R)] int64, g of every group end to end.
         normalize: "mean" or "sum" over a response's tokens.
         backend: None is "cuda" where sami_fast._C was built (CPU tensors run its host code), else "triton" on CUDA, for
-            what these take (float32; 256 prompts or responses, or about 32 x 64), else "reference".
+            what these take (float32, at most 256 prompts and responses), else "reference".
 
     Returns:
         loss [B], differentiable; matrix [S]; metrics [B, 3]: mutual information in nats, the mean of log C - column

@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help:  ## Show this help
 	@echo 'Targets'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'Variables, as in: make test TORCH=torch==2.12.0'
 	@awk '/^## / {what = substr($$0, 4); next} \
 	  /^[A-Z_]+ \?=/ {name = $$1; sub(/^[A-Z_]+ \?= */, ""); printf "  %-16s %s [%s]\n", name, what, $$0}' \
@@ -52,9 +52,10 @@ demo: $(VENV)/.demo  ## Run the demonstration, small model included
 demo-long: $(VENV)/.demo  ## Run the longer demonstration, two iterations: up to 40 minutes on two cores
 	$(BIN)/sami-fast demo --long $(DEMO)
 
-gpu: $(VENV)/.installed  ## On a machine with CUDA: the tests that need it, then the quick benchmarks
-	$(BIN)/pytest -q -m gpu
-	$(BIN)/python -m benchmarks attention logprob infonce step --device cuda --quick --budget 80
+gpu: gpu-test gpu-bench  ## On a machine with CUDA: the tests that need it, then the quick benchmarks
+
+gpu-%: $(VENV)/.installed  ## One stage: gpu-test, gpu-sanitize, gpu-bench or gpu-profile
+	PYTHON=$(BIN)/python benchmarks/on_gpu.sh $*
 
 bench: $(VENV)/.installed  ## Run the benchmarks
 	$(BIN)/python -m benchmarks $(BENCH)

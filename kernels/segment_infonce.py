@@ -237,7 +237,7 @@ def forward_launch(C: int, R: int) -> tuple[Any, dict[str, Any]]:
     if block_c * block_r > _TILE:
         kernel, block_c = _segment_infonce_strips_kernel, max(1, _TILE // block_r // 2)
     cells = block_c * block_r
-    block_t = 16 if cells <= 16 else max(1, min(4 if configs.OLDER_COMPILER else 8, _LOADS // cells))
+    block_t = 16 if cells <= 16 else 4 if cells == 32 else max(1, min(8, _LOADS // cells))
     num_warps = min(8, max(1, cells // 32))
     tile = dict(BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_T=block_t)
     return kernel, dict(**tile, NEWTON=configs.OLDER_COMPILER, num_warps=num_warps, enable_fp_fusion=True)

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -132,7 +133,8 @@ def test_books_of_the_arms_for_gpus(shape, monkeypatch):
 def test_arms_of_the_loss_agree_or_say_why_not():
     cases = [Case(f"{B} x {n}x{n}", {"groups": B, "C": n, "R": n}, quick=True) for B, n in ((1, 2), (5, 3))]
     for result in _run("infonce", cases):
-        if result["arm"] in ("ours, cuda", "ours, triton", "compiled"):
+        not_here = {"ours, triton", "compiled"} | ({"ours, cuda"} if find_spec("sami_fast._C") is None else set())
+        if result["arm"] in not_here:
             assert result["outcome"] == "unsupported" and result["detail"], result
             continue
         assert result["outcome"] == "ok", result

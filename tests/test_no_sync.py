@@ -5,6 +5,7 @@ to the device must not block.
 """
 
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+import sami_fast
 from sami_fast import Group, SamiConfig, SamiTrainer, pack, score
+from sami_fast.kernels import prefix_attention_reference
 
 aten = torch.ops.aten
 # Ops that give the host a number, or a tensor whose size depends on numbers.
 _READS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select, aten._unique2}
 _COPIES = {aten._to_copy, aten.copy_}
+_OWN = tuple(str(Path(module.__file__).parent) for module in (sami_fast, prefix_attention_reference))
 
 
 class HostTraffic(TorchDispatchMode):
@@ -73,7 +77,7 @@ class _NewTensors(TorchFunctionMode):
 
 def _place() -> str:
     frames = [frame for frame in traceback.extract_stack() if not frame.filename.endswith("test_no_sync.py")]
-    own = [frame for frame in frames if "/sami_fast/" in frame.filename and "site-packages" not in frame.filename]
+    own = [frame for frame in frames if frame.filename.startswith(_OWN)]
     frame = (own or [f for f in frames if "/transformers/" in f.filename or "/accelerate/" in f.filename] or frames)[-1]
     return f"in {frame.name} ({frame.filename}:{frame.lineno})"
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from factory import random_group
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from sami_fast import Group, pack
@@ -269,6 +270,7 @@ def test_the_optimiser_says_how_it_runs(tmp_path, optim, flag):
 
 def test_layers_are_compiled_in_place_and_the_model_is_not(tmp_path):
     torch._dynamo.reset()
+    counters.clear()  # reset leaves what earlier tests counted
     plain, compiled = (
         SamiTrainer(llama(), config(tmp_path, optim="sgd", learning_rate=0.1, max_tokens=60, **extra), dataset())
         for extra in ({}, dict(torch_compile=True, torch_compile_backend="aot_eager", gradient_checkpointing=True))
@@ -276,7 +278,7 @@ def test_layers_are_compiled_in_place_and_the_model_is_not(tmp_path):
     names = list(weights(compiled.model))
     for trainer in (plain, compiled):
         trainer.train()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
     assert list(weights(compiled.model)) == names and not hasattr(compiled.model_wrapped, "_orig_mod")
     for (name, a), b in zip(weights(plain.model).items(), weights(compiled.model).values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name

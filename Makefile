@@ -10,7 +10,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 ## Extras of the package to install
 EXTRAS ?= test,dev
-## CUDA extension: AUTO (where nvcc is found), ON or OFF
+## Extension sami_fast._C: AUTO (with CUDA where nvcc is found), ON, HOST (without CUDA) or OFF
 SAMI_FAST_CUDA ?= AUTO
 ## Arguments of pytest
 PYTEST ?= -x -q

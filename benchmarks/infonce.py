@@ -6,7 +6,6 @@ Ours computes metrics and gradient with the loss, in the forward as well; the ot
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -104,8 +103,9 @@ def ours(backend: str, made: Inputs, backward: bool) -> Prepared:
     """`sami_fast.segment_infonce`."""
     if backend == "triton" and not made.on_gpu:
         raise Unsupported("takes CUDA tensors")
-    if backend == "cuda" and importlib.util.find_spec("sami_fast._C") is None:
-        raise Unsupported("sami_fast._C was not built")
+    device = made.offsets.device.type
+    if backend == "cuda" and device not in ops.dispatch.EXTENSION_DEVICES:
+        raise Unsupported(f"sami_fast._C was not built for {device}")
     shapes = [(made.side, made.side)] * made.groups
     positives = torch.arange(made.side, device=made.offsets.device).repeat(made.groups)
     call = functools.partial(segment_infonce, offsets=made.offsets, shapes=shapes, positives=positives, backend=backend)

@@ -1,8 +1,10 @@
 // The Python face of csrc/: addresses, sizes and a stream in, exceptions out. Memory is the caller's.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -13,10 +15,6 @@ namespace py = pybind11;
 using namespace pybind11::literals;
 
 namespace {
-
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
 
 template <typename T>
 T* address(uintptr_t value, const char* name) {
@@ -54,10 +52,6 @@ void forward_host(const sami_fast::ForwardArgs& args) {
   args.groups.offsets_are_int64 ? forward_groups<int64_t>(args) : forward_groups<int32_t>(args);
 }
 
-void forward_cuda(const sami_fast::ForwardArgs& args, uintptr_t stream) {
-  check(sami_fast::segment_infonce_forward(args, reinterpret_cast<cudaStream_t>(stream)), "segment_infonce_forward");
-}
-
 template <typename Offset>
 void backward_groups(const sami_fast::BackwardArgs& args) {
   for (int b = 0; b < args.groups.count; ++b) sami_fast::backward_group<Offset>(kAlone, args, b);
@@ -67,9 +61,23 @@ void backward_host(const sami_fast::BackwardArgs& args) {
   args.groups.offsets_are_int64 ? backward_groups<int64_t>(args) : backward_groups<int32_t>(args);
 }
 
+#ifdef SAMI_FAST_WITH_CUDA
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+void forward_cuda(const sami_fast::ForwardArgs& args, uintptr_t stream) {
+  check(sami_fast::segment_infonce_forward(args, reinterpret_cast<cudaStream_t>(stream)), "segment_infonce_forward");
+}
+
 void backward_cuda(const sami_fast::BackwardArgs& args, uintptr_t stream) {
   check(sami_fast::segment_infonce_backward(args, reinterpret_cast<cudaStream_t>(stream)), "segment_infonce_backward");
 }
+
+constexpr const char* kCudaDoc =
+    "    RuntimeError: the launch failed; the message is CUDA's.\n\n"
+    "Device addresses, launched on `stream` (a cudaStream_t) of the current device.\n";
+#endif
 
 constexpr const char* kForwardDoc = R"(Symmetric InfoNCE of B ragged groups, its metrics and its gradient.
 
@@ -105,9 +113,6 @@ Args:
 Raises:
     ValueError: a null address, a negative size, another `offsets_bits`.
 )";
-constexpr const char* kCudaDoc =
-    "    RuntimeError: the launch failed; the message is CUDA's.\n\n"
-    "Device addresses, launched on `stream` (a cudaStream_t) of the current device.\n";
 constexpr const char* kHostDoc = "\nHost addresses: the kernel's arithmetic compiled for the CPU.\n";
 
 // Extra: the parameters of one variant beyond those of kForwardDoc.
@@ -158,14 +163,22 @@ void define_backward(py::module_& m, const char* name, const std::string& doc, R
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CUDA C++ kernels of sami_fast.";
+  m.doc() = "Kernels of sami_fast in C++: for CUDA where it was built with nvcc, and their arithmetic for the host.";
   m.def(
       "cuda_version",
-      [] { return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10); },
-      "Version of the CUDA toolkit this module was built with, such as '13.0'.");
+      []() -> std::optional<std::string> {
+#ifdef SAMI_FAST_WITH_CUDA
+        return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+#else
+        return std::nullopt;
+#endif
+      },
+      "Version of the CUDA toolkit this module was built with, such as '13.0'; None where it has its host code alone.");
   const std::string forward_doc = kForwardDoc, backward_doc = kBackwardDoc;
+#ifdef SAMI_FAST_WITH_CUDA
   define_forward<uintptr_t>(m, "segment_infonce_forward_cuda", forward_doc + kCudaDoc, forward_cuda, "stream"_a);
-  define_forward<>(m, "segment_infonce_forward_host", forward_doc + kHostDoc, forward_host);
   define_backward<uintptr_t>(m, "segment_infonce_backward_cuda", backward_doc + kCudaDoc, backward_cuda, "stream"_a);
+#endif
+  define_forward<>(m, "segment_infonce_forward_host", forward_doc + kHostDoc, forward_host);
   define_backward<>(m, "segment_infonce_backward_host", backward_doc + kHostDoc, backward_host);
 }

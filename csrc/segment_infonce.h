@@ -3,7 +3,9 @@
 
 #include <cstdint>
 
+#ifdef SAMI_FAST_WITH_CUDA
 #include <cuda_runtime_api.h>
+#endif
 
 namespace sami_fast {
 
@@ -44,8 +46,10 @@ struct BackwardArgs {
   float* token_grad;       // [N]
 };
 
+#ifdef SAMI_FAST_WITH_CUDA
 // Both launch on the current device, allocate nothing, do not synchronise and are bitwise reproducible (no atomics).
 cudaError_t segment_infonce_forward(const ForwardArgs& args, cudaStream_t stream);
 cudaError_t segment_infonce_backward(const BackwardArgs& args, cudaStream_t stream);
+#endif
 
 }  // namespace sami_fast

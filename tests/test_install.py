@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -94,19 +95,24 @@ print(json.dumps(bool(torch.allclose(loss, expected)) and "triton" not in [m for
 """)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
+def build(tmp_path_factory, cuda: str) -> Path:
+    """The wheel that SAMI_FAST_CUDA makes."""
     if shutil.which("cmake") is None or importlib.util.find_spec("scikit_build_core") is None:
         pytest.skip("building a wheel without build isolation needs cmake and scikit-build-core")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     # A build folder of its own: the tree's holds the cache of the installation that is being tested.
     command += ["--config-settings", f"build-dir={folder / 'build'}", "--wheel-dir", str(folder), str(ROOT)]
-    environment = {**os.environ, "SAMI_FAST_CUDA": "OFF"}
+    environment = {**os.environ, "SAMI_FAST_CUDA": cuda}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (file,) = folder.glob("*.whl")
-    with zipfile.ZipFile(file) as archive:
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    with zipfile.ZipFile(build(tmp_path_factory, "OFF")) as archive:
         yield archive
 
 
@@ -131,17 +137,51 @@ def test_wheel_declares_the_command_and_no_pinned_torch(wheel):
     assert "Requires-Dist: torch>=2.11" in required
 
 
-def test_installed_wheel_works_outside_the_tree(wheel, tmp_path):
-    wheel.extractall(tmp_path)
-    files = fresh(
-        f"""
+def fresh_from(folder: Path, code: str) -> object:
+    """`fresh` where sami_fast is an unpacked wheel and the source tree is out of sight."""
+    hide = f"""
 import json, sys
 sys.meta_path = [finder for finder in sys.meta_path if "skbc" not in type(finder).__module__]
-sys.path = [{str(tmp_path)!r}] + [entry for entry in sys.path if entry != {str(ROOT)!r}]
+sys.path = [{str(folder)!r}] + [entry for entry in sys.path if entry != {str(ROOT)!r}]
+"""
+    return fresh(hide + code, cwd=folder)
+
+
+def test_installed_wheel_works_outside_the_tree(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    files = fresh_from(
+        tmp_path,
+        """
 import sami_fast, sami_fast.kernels.segment_infonce_reference as reference
 print(json.dumps([sami_fast.__file__, reference.__file__, sami_fast.backends()["cuda"]]))
 """,
-        cwd=tmp_path,
     )
     assert all(Path(file).is_relative_to(tmp_path) for file in files[:2])
     assert files[2].startswith("unavailable: sami_fast._C was not built")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_without_nvcc_the_loss_runs_on_the_host_code(tmp_path_factory, tmp_path):
+    with zipfile.ZipFile(build(tmp_path_factory, "HOST")) as archive:
+        assert len([name for name in archive.namelist() if name.endswith(".so")]) == 1
+        archive.extractall(tmp_path)
+    available, version, log, loss, refused = fresh_from(
+        tmp_path,
+        """
+import logging, io
+import torch, sami_fast, sami_fast._C
+stream = io.StringIO()
+logging.basicConfig(stream=stream, level=logging.INFO)
+tokens, offsets, positives = torch.tensor([-1.0, -3.0, -3.0, -1.0]), torch.arange(5), torch.arange(2)
+loss = sami_fast.segment_infonce(tokens, offsets, [(2, 2)], positives)[0].item()
+try:
+    sami_fast.segment_infonce(tokens.to("meta"), offsets.to("meta"), [(2, 2)], positives.to("meta"), backend="cuda")
+except ValueError as error:
+    refused = str(error)
+print(json.dumps([sami_fast.backends()["cuda"], sami_fast._C.cuda_version(), stream.getvalue(), loss, refused]))
+""",
+    )
+    assert available.startswith("unavailable: sami_fast._C holds its host code alone (no nvcc") and version is None
+    assert "segment_infonce runs on backend 'cuda' (cpu tensors)" in log
+    assert loss == pytest.approx(math.log1p(math.exp(-2)), rel=1e-6)
+    assert refused == "backend: expected sami_fast._C to be built for meta for backend 'cuda', got a build for cpu"

@@ -18,6 +18,15 @@ logger = logging.getLogger(__name__)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+
+def _extension_devices() -> tuple[str, ...]:
+    if importlib.util.find_spec("sami_fast._C") is None:
+        return ()
+    return ("cpu", "cuda") if importlib.import_module("sami_fast._C").cuda_version() else ("cpu",)
+
+
+EXTENSION_DEVICES = _extension_devices()  # that sami_fast._C was built for
+
 # op -> backend -> module with `<op>_forward` and `<op>_backward`. The first entry that runs on a device is its default.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "prefix_attention": {
@@ -46,10 +55,12 @@ def backends() -> dict[str, str]:
     report = {}
     for backend in ("reference", "triton", "cuda", "flash"):
         implemented = [op for op, table in IMPLEMENTATIONS.items() if backend in table]
-        if backend == "triton" and importlib.util.find_spec("triton") is None:
+        if backend == "triton" and not HAS_TRITON:
             report[backend] = "unavailable: triton is not installed"
-        elif backend == "cuda" and importlib.util.find_spec("sami_fast._C") is None:
-            report[backend] = "unavailable: sami_fast._C was not built (no nvcc when sami_fast was installed)"
+        elif backend == "cuda" and "cuda" not in EXTENSION_DEVICES:
+            missing = "C++ compiler" if not EXTENSION_DEVICES else "nvcc"
+            what = "was not built" if not EXTENSION_DEVICES else "holds its host code alone"
+            report[backend] = f"unavailable: sami_fast._C {what} (no {missing} when sami_fast was installed)"
         elif backend == "flash" and not importlib.import_module("sami_fast.kernels.flash_attention").installed():
             report[backend] = "unavailable: flash-attn is not installed (pip install flash-attn --no-build-isolation)"
         elif backend != "reference" and not torch.cuda.is_available():

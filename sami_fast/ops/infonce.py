@@ -1,17 +1,14 @@
 """Segment-mean InfoNCE, registered with `torch.library`."""
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from sami_fast.ops.dispatch import HAS_TRITON, expect, expect_index, resolve, run
+from sami_fast.ops.dispatch import EXTENSION_DEVICES, HAS_TRITON, expect, expect_index, resolve, run
 
 _MAX_SIDE = 256  # of a group, in the kernels
-_HAS_EXTENSION = importlib.util.find_spec("sami_fast._C") is not None
-_NEEDS = {"cuda": "sami_fast._C to be built", "triton": "triton to be installed"}
 
 
 @torch.library.custom_op("sami_fast::segment_infonce", mutates_args=())
@@ -116,12 +113,17 @@ def _infonce_backend(backend: str | None, token_logprobs: torch.Tensor, groups: 
     device, dtype = token_logprobs.device, token_logprobs.dtype
     name = resolve("segment_infonce", backend, device)
     if backend is None:
-        kernels = {"cpu": ["cuda"], "cuda": ["cuda", "triton"]}.get(device.type, []) if dtype == torch.float32 else []
-        installed = {"cuda": _HAS_EXTENSION, "triton": HAS_TRITON}
-        takes = (kernel for kernel in kernels if installed[kernel] and groups.side <= _MAX_SIDE)
-        return next(takes, "reference")
+        if dtype != torch.float32 or groups.side > _MAX_SIDE:
+            return "reference"
+        if device.type in EXTENSION_DEVICES:
+            return "cuda"
+        return "triton" if device.type == "cuda" and HAS_TRITON else "reference"
+    if name == "cuda":
+        got = f"a build for {' and '.join(EXTENSION_DEVICES) or 'nothing'}"
+        expect(device.type in EXTENSION_DEVICES, "backend", f"sami_fast._C to be built for {device.type}", got, name)
+    if name == "triton":
+        expect(HAS_TRITON, "backend", "triton to be installed", "no such package", name)
     if name != "reference":
-        expect(_HAS_EXTENSION if name == "cuda" else HAS_TRITON, "backend", f"{_NEEDS[name]} for {name!r}", "no module")
         expect(dtype == torch.float32, "token_logprobs", "torch.float32", dtype, name)
         expect(groups.side <= _MAX_SIDE, "shapes", f"C and R of at most {_MAX_SIDE}", groups.side, name)
     return name
@@ -149,8 +151,9 @@ def segment_infonce(
         shapes: (C, R) of each group; pair `j * R + k` of a group is prompt j with response k.
         positives: [sum(R)] int64, g of every group end to end.
         normalize: "mean" or "sum" over a response's tokens.
-        backend: None is "cuda" where sami_fast._C was built (CPU tensors run its host code), else "triton" on CUDA, for
-            what these take (float32, at most 256 prompts and responses), else "reference".
+        backend: None is "cuda" where sami_fast._C was built for the tensors' device (those of the CPU run its host
+            code), else "triton" on CUDA, for what these take (float32, at most 256 prompts and responses), else
+            "reference".
 
     Returns:
         loss [B], differentiable; matrix [S]; metrics [B, 3]: mutual information in nats, the mean of log C - column

@@ -22,43 +22,31 @@ T* address(uintptr_t value, const char* name) {
   return reinterpret_cast<T*>(value);
 }
 
-sami_fast::Groups groups_at(uintptr_t offsets, int offsets_bits, uintptr_t shapes, int groups, int max_cells) {
-  if (offsets_bits != 32 && offsets_bits != 64) {
-    throw py::value_error("offsets_bits: expected 32 or 64, got " + std::to_string(offsets_bits));
-  }
+sami_fast::Groups groups_at(uintptr_t offsets, uintptr_t shapes, uintptr_t sizes, int groups) {
   if (groups < 0) throw py::value_error("groups: expected 0 or more, got " + std::to_string(groups));
-  if (max_cells < 0) throw py::value_error("max_cells: expected 0 or more, got " + std::to_string(max_cells));
-  sami_fast::Groups made{};
-  made.offsets = address<const void>(offsets, "offsets");
-  made.offsets_are_int64 = offsets_bits == 64;
-  made.shapes = address<const sami_fast::GroupShape>(shapes, "shapes");
-  made.count = groups;
-  made.max_cells = std::min(max_cells, sami_fast::kMaxSide * sami_fast::kMaxSide);
+  sami_fast::Groups made{address<const int64_t>(offsets, "offsets"),
+                         address<const sami_fast::GroupShape>(shapes, "shapes"), groups, 0};
+  const int64_t* size = address<const int64_t>(sizes, "sizes");
+  for (int b = 0; b < groups; ++b) {
+    const int64_t side = sami_fast::kMaxSide, C = std::clamp<int64_t>(size[2 * b], 0, side);
+    const int64_t R = std::clamp<int64_t>(size[2 * b + 1], 0, side);
+    made.max_cells = std::max(made.max_cells, static_cast<int32_t>(C * R));
+  }
   return made;
 }
 
 const sami_fast::Team<1> kAlone{0, 1, 0};
 
-template <typename Offset>
-void forward_groups(const sami_fast::ForwardArgs& args) {
+void forward_host(const sami_fast::ForwardArgs& args) {
   sami_fast::GroupState state;
   std::vector<float> staged(static_cast<size_t>(args.groups.max_cells) + sami_fast::kMaxSide);
   for (int b = 0; b < args.groups.count; ++b) {
-    sami_fast::forward_group<Offset>(kAlone, args, b, state, staged.data(), static_cast<int>(staged.size()));
+    sami_fast::forward_group(kAlone, args, b, state, staged.data(), static_cast<int>(staged.size()));
   }
 }
 
-void forward_host(const sami_fast::ForwardArgs& args) {
-  args.groups.offsets_are_int64 ? forward_groups<int64_t>(args) : forward_groups<int32_t>(args);
-}
-
-template <typename Offset>
-void backward_groups(const sami_fast::BackwardArgs& args) {
-  for (int b = 0; b < args.groups.count; ++b) sami_fast::backward_group<Offset>(kAlone, args, b);
-}
-
 void backward_host(const sami_fast::BackwardArgs& args) {
-  args.groups.offsets_are_int64 ? backward_groups<int64_t>(args) : backward_groups<int32_t>(args);
+  for (int b = 0; b < args.groups.count; ++b) sami_fast::backward_group(kAlone, args, b);
 }
 
 #ifdef SAMI_FAST_WITH_CUDA
@@ -85,13 +73,14 @@ Every tensor is passed as the address of its contiguous data (`tensor.data_ptr()
 
 Args:
     token_logprobs: [N] fp32.
-    offsets: [S + 1] int32 or int64 (`offsets_bits`: 32 or 64), from 0 to N: pair s owns tokens
-        offsets[s]:offsets[s + 1]; a pair without tokens is not scored.
+    offsets: [S + 1] int64, from 0 to N: pair s owns tokens offsets[s]:offsets[s + 1]; a pair without tokens is not
+        scored.
     shapes: [B, 4] int32, 16-byte aligned: constitutions and responses (1 to 256 each; else the group's loss is NaN),
         index of the group's first pair, index of its first response. Pair (j, k) is number j * responses + k.
-    positives: [sum of responses] int32, constitution of each response (out of range: the group's loss is NaN).
+    sizes: [B, 2] int64, always on the host: constitutions and responses again, by which launch and memory are sized.
+        Groups larger than the largest of these are computed just as well, only slower.
     groups: B.
-    max_cells: largest constitutions * responses. Groups above it are computed just as well, only slower.
+    positives: [sum of responses] int64, constitution of each response (out of range: the group's loss is NaN).
     normalize: "mean" or "sum" of a pair's tokens.
     loss: [B] fp32, written.
     metrics: [B, 3] fp32, written: mutual information (nats), row accuracy, column accuracy.
@@ -99,7 +88,7 @@ Args:
     pair_grad: [S] fp32, written: d(loss of the pair's group) / d(log-probability), the same for all of its tokens.
 
 Raises:
-    ValueError: a null address, a negative size, another `offsets_bits` or `normalize`.
+    ValueError: a null address, negative `groups`, another `normalize`.
 )";
 
 constexpr const char* kBackwardDoc = R"(Gradient of the token log-probabilities: `loss_grad` times `pair_grad` at every token.
@@ -108,10 +97,10 @@ Args:
     loss_grad: [B] fp32, upstream.
     pair_grad: [S] fp32, as the forward wrote it.
     token_grad: [N] fp32, written.
-    offsets, offsets_bits, shapes, groups, max_cells: as for the forward.
+    offsets, shapes, sizes, groups: as for the forward.
 
 Raises:
-    ValueError: a null address, a negative size, another `offsets_bits`.
+    ValueError: a null address, negative `groups`.
 )";
 constexpr const char* kHostDoc = "\nHost addresses: the kernel's arithmetic compiled for the CPU.\n";
 
@@ -120,16 +109,16 @@ template <typename... Extra, typename Run, typename... ExtraArgs>
 void define_forward(py::module_& m, const char* name, const std::string& doc, Run run, ExtraArgs... extra_args) {
   m.def(
       name,
-      [run](uintptr_t token_logprobs, uintptr_t offsets, int offsets_bits, uintptr_t shapes, uintptr_t positives,
-            int groups, int max_cells, const std::string& normalize, uintptr_t loss, uintptr_t metrics,
+      [run](uintptr_t token_logprobs, uintptr_t offsets, uintptr_t shapes, uintptr_t sizes, int groups,
+            uintptr_t positives, const std::string& normalize, uintptr_t loss, uintptr_t metrics,
             uintptr_t matrix, uintptr_t pair_grad, Extra... extra) {
         if (normalize != "mean" && normalize != "sum") {
           throw py::value_error("normalize: expected 'mean' or 'sum', got '" + normalize + "'");
         }
         sami_fast::ForwardArgs args{};
-        args.groups = groups_at(offsets, offsets_bits, shapes, groups, max_cells);
+        args.groups = groups_at(offsets, shapes, sizes, groups);
         args.token_logprobs = reinterpret_cast<const float*>(token_logprobs);  // null when no pair has a token
-        args.positives = address<const int32_t>(positives, "positives");
+        args.positives = address<const int64_t>(positives, "positives");
         args.mean = normalize == "mean";
         args.loss = address<float>(loss, "loss");
         args.metrics = address<float>(metrics, "metrics");
@@ -138,26 +127,26 @@ void define_forward(py::module_& m, const char* name, const std::string& doc, Ru
         py::gil_scoped_release release;
         run(args, extra...);
       },
-      py::kw_only(), "token_logprobs"_a, "offsets"_a, "offsets_bits"_a, "shapes"_a, "positives"_a, "groups"_a,
-      "max_cells"_a, "normalize"_a, "loss"_a, "metrics"_a, "matrix"_a, "pair_grad"_a, extra_args..., doc.c_str());
+      py::kw_only(), "token_logprobs"_a, "offsets"_a, "shapes"_a, "sizes"_a, "groups"_a, "positives"_a,
+      "normalize"_a, "loss"_a, "metrics"_a, "matrix"_a, "pair_grad"_a, extra_args..., doc.c_str());
 }
 
 template <typename... Extra, typename Run, typename... ExtraArgs>
 void define_backward(py::module_& m, const char* name, const std::string& doc, Run run, ExtraArgs... extra_args) {
   m.def(
       name,
-      [run](uintptr_t loss_grad, uintptr_t pair_grad, uintptr_t offsets, int offsets_bits, uintptr_t shapes,
-            int groups, int max_cells, uintptr_t token_grad, Extra... extra) {
+      [run](uintptr_t loss_grad, uintptr_t pair_grad, uintptr_t offsets, uintptr_t shapes, uintptr_t sizes, int groups,
+            uintptr_t token_grad, Extra... extra) {
         sami_fast::BackwardArgs args{};
-        args.groups = groups_at(offsets, offsets_bits, shapes, groups, max_cells);
+        args.groups = groups_at(offsets, shapes, sizes, groups);
         args.loss_grad = address<const float>(loss_grad, "loss_grad");
         args.pair_grad = address<const float>(pair_grad, "pair_grad");
         args.token_grad = reinterpret_cast<float*>(token_grad);  // null when no pair has a token
         py::gil_scoped_release release;
         run(args, extra...);
       },
-      py::kw_only(), "loss_grad"_a, "pair_grad"_a, "offsets"_a, "offsets_bits"_a, "shapes"_a, "groups"_a,
-      "max_cells"_a, "token_grad"_a, extra_args..., doc.c_str());
+      py::kw_only(), "loss_grad"_a, "pair_grad"_a, "offsets"_a, "shapes"_a, "sizes"_a, "groups"_a,
+      "token_grad"_a, extra_args..., doc.c_str());
 }
 
 }  // namespace

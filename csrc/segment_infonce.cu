@@ -12,7 +12,7 @@ constexpr int kBackwardWarps = 8;
 constexpr int kMaxGridY = 65535;
 constexpr size_t kDefaultSharedBytes = 48 << 10;  // more must be asked for
 
-template <typename Offset, int kLanes>
+template <int kLanes>
 __global__ void __launch_bounds__(kMaxThreads)
     segment_infonce_forward_kernel(const __grid_constant__ ForwardArgs args, const int staged_floats) {
   extern __shared__ __align__(16) unsigned char shared[];
@@ -20,22 +20,21 @@ __global__ void __launch_bounds__(kMaxThreads)
   float* staged = reinterpret_cast<float*>(shared + sizeof(GroupState));
   const int thread = static_cast<int>(threadIdx.x);
   const Team<kLanes> team{thread / kLanes, static_cast<int>(blockDim.x) / kLanes, thread % kLanes};
-  forward_group<Offset>(team, args, static_cast<int>(blockIdx.x), state, staged, staged_floats);
+  forward_group(team, args, static_cast<int>(blockIdx.x), state, staged, staged_floats);
 }
 
 // Grid: (groups, blocks that share a group). A warp takes a pair at a time.
-template <typename Offset>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     segment_infonce_backward_kernel(const __grid_constant__ BackwardArgs args) {
   const int thread = static_cast<int>(threadIdx.x);
   const Team<kWarp> team{static_cast<int>(blockIdx.y) * kBackwardWarps + thread / kWarp,
                          static_cast<int>(gridDim.y) * kBackwardWarps, thread % kWarp};
-  backward_group<Offset>(team, args, static_cast<int>(blockIdx.x));
+  backward_group(team, args, static_cast<int>(blockIdx.x));
 }
 
 template <int kLanes>
 cudaError_t launch_forward(const ForwardArgs& args, size_t shared_bytes, cudaStream_t stream) {
-  const auto kernel = args.groups.offsets_are_int64 ? segment_infonce_forward_kernel<int64_t, kLanes> : segment_infonce_forward_kernel<int32_t, kLanes>;
+  const auto kernel = segment_infonce_forward_kernel<kLanes>;
   if (shared_bytes > kDefaultSharedBytes) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -68,8 +67,7 @@ cudaError_t segment_infonce_forward(const ForwardArgs& args, cudaStream_t stream
 cudaError_t segment_infonce_backward(const BackwardArgs& args, cudaStream_t stream) {
   if (args.groups.count == 0) return cudaSuccess;
   const int blocks = std::clamp((args.groups.max_cells + kBackwardWarps - 1) / kBackwardWarps, 1, kMaxGridY);
-  const auto kernel = args.groups.offsets_are_int64 ? segment_infonce_backward_kernel<int64_t> : segment_infonce_backward_kernel<int32_t>;
-  kernel<<<dim3(args.groups.count, blocks), kBackwardWarps * kWarp, 0, stream>>>(args);
+  segment_infonce_backward_kernel<<<dim3(args.groups.count, blocks), kBackwardWarps * kWarp, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

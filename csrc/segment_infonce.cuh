@@ -92,11 +92,11 @@ struct GroupState {
 
 // Run by one tile: sum of values[begin:end], in float64, since a sum over a long response must not lose the digits that
 // tell two constitutions apart. Loads go out in batches, the last one included, or each would wait for the one before.
-template <int kLanes, typename Offset>
-SAMI_FAST_HD double sum_tokens(const Team<kLanes>& team, const float* values, Offset begin, Offset end) {
+template <int kLanes>
+SAMI_FAST_HD double sum_tokens(const Team<kLanes>& team, const float* values, int64_t begin, int64_t end) {
   constexpr int kBatch = 8;
   double total = 0.0;
-  for (Offset i = begin + team.lane; i < end; i += kBatch * kLanes) {
+  for (int64_t i = begin + team.lane; i < end; i += kBatch * kLanes) {
     float batch[kBatch];
     for (int u = 0; u < kBatch; ++u) batch[u] = i + u * kLanes < end ? values[i + u * kLanes] : 0.0f;
     for (int u = 0; u < kBatch; ++u) total += static_cast<double>(batch[u]);
@@ -159,7 +159,7 @@ SAMI_FAST_HD bool computable(const GroupShape& shape) {
 }
 
 // Group b, by the whole team. The matrix is kept in `staged` when `staged_floats` hold it, else read from args.matrix.
-template <typename Offset, int kLanes>
+template <int kLanes>
 SAMI_FAST_HD void forward_group(const Team<kLanes>& team, const ForwardArgs& args, int b, GroupState& state,
                                 float* staged, int staged_floats) {
   const GroupShape shape = args.groups.shapes[b];
@@ -171,7 +171,7 @@ SAMI_FAST_HD void forward_group(const Team<kLanes>& team, const ForwardArgs& arg
     }
     return;
   }
-  const Offset* offsets = static_cast<const Offset*>(args.groups.offsets) + shape.cell_base;
+  const int64_t* offsets = args.groups.offsets + shape.cell_base;
   float* matrix = args.matrix + shape.cell_base;
   // An odd row pitch spreads a column over all banks of shared memory.
   const bool stage = C * (R | 1) <= staged_floats;
@@ -179,16 +179,17 @@ SAMI_FAST_HD void forward_group(const Team<kLanes>& team, const ForwardArgs& arg
   float* scores = stage ? staged : matrix;
 
   for (int k = team.thread(); k < R; k += team.threads()) {
-    const int owner = args.positives[shape.response_base + k];
+    const int64_t owner = args.positives[shape.response_base + k];
     int positive = kOutOfRange;
     if (owner >= 0 && owner < C) {
-      const int cell = owner * R + k;
-      positive = offsets[cell] == offsets[cell + 1] ? kUnscored : owner;
+      positive = static_cast<int>(owner);
+      const int cell = positive * R + k;
+      if (offsets[cell] == offsets[cell + 1]) positive = kUnscored;
     }
     state.positive[k] = positive;
   }
   for (int cell = team.tile; cell < C * R; cell += team.tiles) {
-    const Offset begin = offsets[cell], end = offsets[cell + 1];
+    const int64_t begin = offsets[cell], end = offsets[cell + 1];
     const double total = sum_tokens(team, args.token_logprobs, begin, end);
     const float score = begin == end ? -INFINITY : static_cast<float>(args.mean ? total / (end - begin) : total);
     if (team.lane == 0) {
@@ -236,15 +237,15 @@ SAMI_FAST_HD void forward_group(const Team<kLanes>& team, const ForwardArgs& arg
 }
 
 // The tokens of group b, by the whole team: a tile takes a pair at a time.
-template <typename Offset, int kLanes>
+template <int kLanes>
 SAMI_FAST_HD void backward_group(const Team<kLanes>& team, const BackwardArgs& args, int b) {
   const GroupShape shape = args.groups.shapes[b];
   if (!computable(shape)) return;
-  const Offset* offsets = static_cast<const Offset*>(args.groups.offsets) + shape.cell_base;
+  const int64_t* offsets = args.groups.offsets + shape.cell_base;
   for (int cell = team.tile; cell < shape.constitutions * shape.responses; cell += team.tiles) {
     const float grad = args.loss_grad[b] * args.pair_grad[shape.cell_base + cell];
-    const Offset end = offsets[cell + 1];
-    for (Offset i = offsets[cell] + team.lane; i < end; i += kLanes) args.token_grad[i] = grad;
+    const int64_t end = offsets[cell + 1];
+    for (int64_t i = offsets[cell] + team.lane; i < end; i += kLanes) args.token_grad[i] = grad;
   }
 }
 

@@ -21,8 +21,7 @@ struct alignas(16) GroupShape {
 
 // B groups of S pairs, which own N tokens. Pointers are device pointers for the launchers, host pointers on the host.
 struct Groups {
-  const void* offsets;  // [S + 1] int32 or int64; pair s owns tokens offsets[s] and up to offsets[s + 1]
-  bool offsets_are_int64;
+  const int64_t* offsets;    // [S + 1]; pair s owns tokens offsets[s] and up to offsets[s + 1]
   const GroupShape* shapes;  // [B]
   int32_t count;             // B
   int32_t max_cells;         // largest constitutions * responses; larger groups are right too, only slower
@@ -31,7 +30,7 @@ struct Groups {
 struct ForwardArgs {
   Groups groups;
   const float* token_logprobs;  // [N]
-  const int32_t* positives;     // [sum of responses] constitution of each response, counted within its group
+  const int64_t* positives;     // [sum of responses] constitution of each response, counted within its group
   bool mean;                    // a pair's score is the mean of its tokens, else their sum
   float* loss;                  // [B]
   float* metrics;               // [B, 3] mutual information (nats), row accuracy, column accuracy

@@ -22,9 +22,8 @@ def _run(name: str, device: torch.device, **arguments: Any) -> None:
 
 def _groups(offsets: torch.Tensor, shapes: torch.Tensor, table: torch.Tensor) -> dict[str, Any]:
     """What both directions take."""
-    max_cells = int(shapes.numpy().prod(axis=1).max())
-    addresses = dict(offsets=offsets.data_ptr(), shapes=table.data_ptr())
-    return addresses | dict(offsets_bits=64, groups=shapes.shape[0], max_cells=max_cells)
+    pointers = dict(offsets=offsets.data_ptr(), shapes=table.data_ptr(), sizes=shapes.data_ptr())
+    return dict(pointers, groups=shapes.shape[0])
 
 
 def segment_infonce_forward(
@@ -38,7 +37,7 @@ def segment_infonce_forward(
     """Loss [B], matrix [S], metrics [B, 3], d(loss)/d(token) of each pair [S], all groups in one launch; float32."""
     B, S = shapes.shape[0], offsets.shape[0] - 1
     # Names of their own: an address keeps no copy alive.
-    token_logprobs, offsets, positives = token_logprobs.contiguous(), offsets.contiguous(), positives.int().contiguous()
+    token_logprobs, offsets, positives = token_logprobs.contiguous(), offsets.contiguous(), positives.contiguous()
     loss, matrix, metrics, grad_pairs = (token_logprobs.new_empty(size) for size in (B, S, (B, 3), S))
     _run(
         "segment_infonce_forward",

@@ -43,27 +43,27 @@ class Case:
             bases.append((C, R, cell, response))
             cell, response = cell + C * R, response + R
         self.offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(lengths).cumsum(0)])
-        self.positives = torch.cat(owners).int()
+        self.positives = torch.cat(owners)
         self.shapes = torch.tensor(bases, dtype=torch.int32)
         self.tokens = torch.empty(int(self.offsets[-1])).exponential_(generator=rng).neg_()
 
-    def run(self, device, *, normalize="mean", offsets=None, max_cells=None, loss_grad=None):
+    def run(self, device, *, normalize="mean", sizes=None, loss_grad=None):
         """Loss [B], metrics [B, 3], matrix [S], token gradient [N], every output poisoned with NaN beforehand.
 
-        `loss_grad`: [B] upstream; None is one everywhere.
+        `sizes`: [B, 2] by which memory is sized; None is the groups' own. `loss_grad`: [B] upstream; None is ones.
         """
-        offsets = (self.offsets if offsets is None else offsets).to(device)
-        tokens, shapes, positives = (x.to(device) for x in (self.tokens, self.shapes, self.positives))
+        everything = (self.tokens, self.offsets, self.shapes, self.positives)
+        tokens, offsets, shapes, positives = (x.to(device) for x in everything)
+        host_sizes = torch.tensor(self.sizes) if sizes is None else sizes
         B, S, N = len(self.sizes), offsets.numel() - 1, tokens.numel()
         sizes = ((B,), (B, 3), (S,), (S,), (N,))
         loss, metrics, matrix, pair_grad, token_grad = (torch.full(size, NAN, device=device) for size in sizes)
         upstream = torch.ones(B, device=device) if loss_grad is None else loss_grad.to(device)
         groups = {
             "offsets": offsets.data_ptr(),
-            "offsets_bits": torch.iinfo(offsets.dtype).bits,
             "shapes": shapes.data_ptr(),
+            "sizes": host_sizes.data_ptr(),
             "groups": B,
-            "max_cells": max(C * R for C, R in self.sizes) if max_cells is None else max_cells,
         }
         forward = {
             "token_logprobs": tokens.data_ptr(),
@@ -103,7 +103,7 @@ class Case:
         if normalize == "mean":
             scores = scores / lengths.clamp(min=1)
         scored = (lengths > 0).view(C, R)
-        owner = self.positives[response : response + R].long()
+        owner = self.positives[response : response + R]
         positive = (owner == torch.arange(C)[:, None]) & scored
         kept = scores.view(C, R).masked_fill(~scored, -1e9)  # exp underflows to 0, and no NaN in autograd
         share = positive / positive.sum(1, keepdim=True).clamp(min=1)
@@ -160,26 +160,22 @@ def test_one_group_at_a_time(device, size):
 def test_paths_agree_bitwise(device):
     case = Case(EVERY_SHAPE, seed=4, unscored=0.2)
     first = case.run(device)
-    for other in (
-        case.run(device),  # reproducible
-        case.run(device, offsets=case.offsets.int()),
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    if device == "cpu":  # on the GPU max_cells also picks the tile, and with it the order of the sums
-        unstaged = case.run(device, max_cells=0)
+    assert all(torch.equal(a, b) for a, b in zip(first, case.run(device), strict=True))  # reproducible
+    small = torch.zeros(len(EVERY_SHAPE), 2, dtype=torch.int64)
+    if device == "cpu":  # on the GPU the sizes also pick the tile, and with it the order of the sums
+        unstaged = case.run(device, sizes=small)
         assert all(torch.equal(a, b) for a, b in zip(first, unstaged, strict=True))
     else:
-        case.check(device, "mean", max_cells=0)
+        case.check(device, "mean", sizes=small)
 
 
 def test_backward_scales_each_group_by_its_upstream_gradient(device):
     case = Case(EVERY_SHAPE, seed=11, unscored=0.2)
     plain, upstream = case.run(device)[3], torch.linspace(-2.0, 3.0, len(EVERY_SHAPE))
-    for offsets in (case.offsets, case.offsets.int()):
-        scaled = case.run(device, loss_grad=upstream, offsets=offsets)[3]
-        for b in range(len(EVERY_SHAPE)):
-            tokens = case.token_span(b)
-            assert torch.equal(scaled[tokens], plain[tokens] * upstream[b])
+    scaled = case.run(device, loss_grad=upstream)[3]
+    for b in range(len(EVERY_SHAPE)):
+        tokens = case.token_span(b)
+        assert torch.equal(scaled[tokens], plain[tokens] * upstream[b])
 
 
 @pytest.mark.parametrize("bad", [NAN, -math.inf])
@@ -219,7 +215,7 @@ def test_ties_are_wrong(device):
 def test_a_line_with_nan_is_wrong(device):
     case = Case([(2, 2)], seed=10, longest=1)
     case.tokens.fill_(-5.0)
-    case.tokens[case.positives.long() * 2 + torch.arange(2)] = -1.0  # right everywhere
+    case.tokens[case.positives * 2 + torch.arange(2)] = -1.0  # right everywhere
     assert case.run(device)[1][0, 1:].tolist() == [1.0, 1.0]
     case.tokens[(1 - int(case.positives[0])) * 2] = NAN
     assert case.run(device)[1][0, 1:].tolist() == [0.5, 0.5]
@@ -246,7 +242,8 @@ def test_what_cannot_be_computed_is_nan_and_loud(device):
     assert torch.equal(loss[[0, 2]], clean[0][[0, 2]])
 
 
-GROUPS = {"offsets": 64, "offsets_bits": 64, "shapes": 64, "groups": 1, "max_cells": 4}
+SIZES = torch.tensor([[2, 2]])
+GROUPS = {"offsets": 64, "shapes": 64, "sizes": SIZES.data_ptr(), "groups": 1}
 FORWARD = GROUPS | {"normalize": "mean"}
 FORWARD |= dict.fromkeys(("token_logprobs", "positives", "loss", "metrics", "matrix", "pair_grad"), 64)
 BACKWARD = GROUPS | dict.fromkeys(("loss_grad", "pair_grad", "token_grad"), 64)
@@ -262,12 +259,11 @@ if WITH_CUDA:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("offsets_bits", 16),
         ("normalize", "median"),
         ("groups", -1),
-        ("max_cells", -1),
         ("offsets", 0),
         ("shapes", 0),
+        ("sizes", 0),
         ("positives", 0),
         ("loss", 0),
         ("metrics", 0),

@@ -172,5 +172,8 @@ def segment_infonce(
     name = _infonce_backend(backend, token_logprobs, groups)
     # Tensors without data, and whatever else is more than a tensor, go through the registered op.
     eager = not compiling and type(token_logprobs) is torch.Tensor and device.type != "meta"
+    inputs = (token_logprobs, offsets, groups.shapes, groups.table, positives, normalize)
+    if eager and not (torch.is_grad_enabled() and token_logprobs.requires_grad):
+        return run("segment_infonce", "forward", name, inputs)[:3]
     op = _EagerSegmentInfonce.apply if eager else _segment_infonce
-    return op(token_logprobs, offsets, groups.shapes, groups.table, positives, normalize, name)[:3]
+    return op(*inputs, name)[:3]

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 from tolerance import assert_exact
+from torch.autograd import forward_ad
 
 from sami_fast import segment_infonce
 from sami_fast.kernels import segment_infonce_reference
@@ -195,3 +196,12 @@ class TestOnGpu:
         graph.replay()
         for a, e in zip(captured, expected, strict=True):
             assert a.equal(e)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_tangent_is_refused_not_dropped(backend):
+    """Without a gradient to take, the eager op goes round autograd."""
+    tokens, *groups = case([(2, 2)], dtype=torch.float32)
+    tokens = tokens.detach()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        segment_infonce(forward_ad.make_dual(tokens, torch.ones_like(tokens)), *groups, backend=backend)

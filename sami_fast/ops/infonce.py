@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from sami_fast.ops.dispatch import EXTENSION_DEVICES, HAS_TRITON, expect, expect_index, resolve, run
 
@@ -173,7 +174,8 @@ def segment_infonce(
     # Tensors without data, and whatever else is more than a tensor, go through the registered op.
     eager = not compiling and type(token_logprobs) is torch.Tensor and device.type != "meta"
     inputs = (token_logprobs, offsets, groups.shapes, groups.table, positives, normalize)
-    if eager and not (torch.is_grad_enabled() and token_logprobs.requires_grad):
+    differentiated = torch.is_grad_enabled() and token_logprobs.requires_grad
+    if eager and not differentiated and unpack_dual(token_logprobs).tangent is None:
         return run("segment_infonce", "forward", name, inputs)[:3]
     op = _EagerSegmentInfonce.apply if eager else _segment_infonce
     return op(*inputs, name)[:3]

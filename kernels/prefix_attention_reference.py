@@ -11,6 +11,7 @@ import torch
 from sami_fast.ops.dispatch import wide_dtype
 
 _SCORE_BYTES = 2 << 20  # one block of attention scores: stays in the caches
+_STRIP = 128  # rows of a node at a time, about: PyTorch's fused attention computes what its causal mask hides
 _NEG_INF = float("-inf")
 
 
@@ -81,18 +82,27 @@ def _rows_in_memory(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _fused_blocks(nodes: torch.Tensor) -> Iterator[tuple[slice, slice, bool, bool]]:
-    """(rows, keys, causal, first) per node: its rows against its own keys, then all rows below against them.
+def _fused_blocks(
+    nodes: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, slice, bool, torch.Tensor | None, bool, bool]]:
+    """(rows, keys, causal, bias, new rows, new keys) per node: its rows against its own keys, then all rows below.
 
-    `first`: no earlier block had these rows.
+    A long node's own rows go strip by strip against the keys up to the strip's end, the last strip first: `bias`
+    [rows, keys] hides what `causal` would, were rows and keys to begin together. New: in no earlier block.
     """
     tree_end = 0
     for begin, end, subtree in nodes.tolist():
         is_root = begin >= tree_end
         tree_end = max(tree_end, subtree)
-        yield slice(begin, end), slice(begin, end), True, is_root
+        strips = max(1, round((end - begin) / _STRIP))
+        height = -(-(end - begin) // strips)
+        for low in reversed(range(begin, end, height)):
+            high, bias = min(low + height, end), None
+            if low > begin:
+                bias = torch.full((high - low, high - begin), _NEG_INF, dtype=dtype).triu_(1 + low - begin)
+            yield slice(low, high), slice(begin, high), bias is None, bias, is_root, high == end
         if end < subtree:
-            yield slice(end, subtree), slice(begin, end), False, is_root
+            yield slice(end, subtree), slice(begin, end), False, None, is_root, False
 
 
 def _fused_forward(
@@ -106,11 +116,11 @@ def _fused_forward(
     to_out, to_lse = _by_head(out, Hkv), _by_head(lse, Hkv)
     queries = _rows_in_memory(_by_head(q, Hkv))
     keys, values = (_rows_in_memory(_by_head(x, Hkv)).expand(-1, Hq // Hkv, -1, -1) for x in (k, v))
-    for rows, at, causal, first in _fused_blocks(nodes):
+    for rows, at, causal, bias, new_rows, _ in _fused_blocks(nodes, queries.dtype):
         block_out, block_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries[:, :, rows], keys[:, :, at], values[:, :, at], 0.0, causal, scale=scale
+            queries[:, :, rows], keys[:, :, at], values[:, :, at], 0.0, causal, attn_mask=bias, scale=scale
         )
-        if first:
+        if new_rows:
             to_out[:, :, rows], to_lse[:, :, rows] = block_out, block_lse
         else:
             before = to_lse[:, :, rows]
@@ -135,7 +145,7 @@ def _fused_backward(
     to_q, *to_kv = (_by_head(grad, Hkv) for grad in grads)
     upstream, queries, output, row_lse = (_rows_in_memory(_by_head(x, Hkv)) for x in (grad_out, q, out, lse))
     keys, values = (_rows_in_memory(_by_head(x, Hkv)).expand(-1, Hq // Hkv, -1, -1) for x in (k, v))
-    for rows, at, causal, first in _fused_blocks(nodes):
+    for rows, at, causal, bias, new_rows, new_keys in _fused_blocks(nodes, queries.dtype):
         grad_q, *grad_kv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             upstream[:, :, rows],
             queries[:, :, rows],
@@ -145,14 +155,15 @@ def _fused_backward(
             row_lse[:, :, rows].contiguous(),
             0.0,
             causal,
+            attn_mask=bias,
             scale=scale,
         )
-        if first:
+        if new_rows:
             to_q[:, :, rows] = grad_q
         else:
             to_q[:, :, rows] += grad_q
         for to, grad in zip(to_kv, grad_kv, strict=True):
-            if causal:  # the first block of these keys
+            if new_keys:
                 torch.sum(grad, dim=1, keepdim=True, out=to[:, :, at])
             else:
                 to[:, :, at] += grad.sum(dim=1, keepdim=True)

@@ -68,6 +68,7 @@ def test_attention_on_random_trees(groups, seed, window):
 @pytest.mark.parametrize("length", AWKWARD_LENGTHS)
 def test_attention_across_block_edges(length, monkeypatch):
     monkeypatch.setattr(prefix_attention_reference, "_SCORE_BYTES", 1)  # 16 rows a block
+    monkeypatch.setattr(prefix_attention_reference, "_STRIP", 16)
     rng = np.random.default_rng(length)
     query = rng.integers(0, 99, length)
     prompts = [np.r_[query, rng.integers(0, 99, size)] for size in (1, length)]

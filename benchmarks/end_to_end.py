@@ -6,6 +6,7 @@ token ids of the same lengths. `--model` takes any other causal LM.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.suite import ROOT, Case, Prepared, Settings, Suite
+from benchmarks.suite import ROOT, Case, Prepared, Settings, Suite, Unsupported
 from sami_fast import Group, pack
 from sami_fast.bundled import bundled_model_path
 from sami_fast.data import Example, PromptTemplate, load_examples, tokenize_example
@@ -135,7 +136,7 @@ def _principles(example: Example) -> list[str]:
 def token_ratio(results: list[dict]) -> None:
     """How much of the saving in tokens an arm's time over ours is."""
     for result in results:
-        if not result["ours"] and result.get("times_ours") and "token ratio" in result["facts"]:
+        if result["peer"] != "sami-fast" and result.get("times_ours") and "token ratio" in result["facts"]:
             result["facts"]["of token ratio"] = result["times_ours"] / result["facts"]["token ratio"]
 
 
@@ -199,13 +200,13 @@ def one_by_one(made: Inputs, backward: bool) -> Prepared:
 
 
 @SUITE.arm("prefix tree", peer="sami-fast", ours=True)
-def prefix_tree(made: Inputs, backward: bool) -> Prepared:
-    """pack, score, infonce_loss, backward."""
+def prefix_tree(made: Inputs, backward: bool, **options: bool) -> Prepared:
+    """pack, score, infonce_loss, backward; `options` of `score`."""
 
     def run() -> dict[str, torch.Tensor]:
         made.model.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(backward):
-            scores = score(made.model, pack([made.group]).to(made.device))
+            scores = score(made.model, pack([made.group]).to(made.device), **options)
             loss = infonce_loss(scores).loss
         if backward:
             loss.backward()
@@ -214,6 +215,26 @@ def prefix_tree(made: Inputs, backward: bool) -> Prepared:
     packed = pack([made.group])
     attended = int((packed.position_ids + 1).sum())
     return _prepared(run, made, backward, packed.num_tokens, attended, len(packed.labels))
+
+
+def recomputed(keep_attention: bool, made: Inputs, backward: bool) -> Prepared:
+    """The same where the backward computes every layer again, from its input or from that and its attention."""
+    if not backward:
+        raise Unsupported("a forward by itself keeps nothing that could be computed again")
+    prepared = prefix_tree(made, backward, keep_attention=keep_attention)
+
+    def run() -> dict[str, torch.Tensor]:
+        made.model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            return prepared.run()
+        finally:
+            made.model.eval().gradient_checkpointing_disable()
+
+    return replace(prepared, run=run)
+
+
+SUITE.arm("prefix tree, layers recomputed", peer="sami-fast")(functools.partial(recomputed, False))
+SUITE.arm("prefix tree, attention kept", peer="sami-fast")(functools.partial(recomputed, True))
 
 
 @SUITE.arm("padded, full logits", peer="transformers")

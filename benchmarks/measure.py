@@ -56,7 +56,7 @@ def time_runs(runs: list[Callable[[], Any]], device: str, *, quick: bool) -> lis
 
 def measure_ceilings(device: str, dtypes: set[str], *, quick: bool = False) -> dict[str, dict[str, float]]:
     """What the device reaches at best, by dtype: a large matrix product, and a copy (bytes read plus bytes written)."""
-    size, copied = (8192, 1 << 30) if device == "cuda" else (2048, 1 << 28)
+    size, copied = (8192, 1 << 30) if device == "cuda" else (1024 if quick else 2048, 1 << 28)
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = 2 * copied / min(time_runs([lambda: target.copy_(source)], device, quick=quick))
@@ -67,6 +67,16 @@ def measure_ceilings(device: str, dtypes: set[str], *, quick: bool = False) -> d
         best = min(time_runs([lambda a=a, b=b: torch.mm(a, b)], device, quick=quick))
         ceilings[name] = {"flops_per_second": 2 * size**3 / best, "bytes_per_second": copy}
     return ceilings
+
+
+def _seconds_of_others() -> float | None:
+    """Processor seconds since start-up of whatever is not this process, other guests of the host included; Linux."""
+    try:
+        spent = [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return None
+    idle, waiting = spent[3:5]
+    return (sum(spent) - idle - waiting) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -113,10 +123,10 @@ def measure(
             save_file({name: number.detach().cpu().contiguous() for name, number in numbers.items()}, written)
             os.replace(written, reference)
         del numbers
-        wall, processor = time.perf_counter(), time.process_time()
+        wall, others = time.perf_counter(), _seconds_of_others()
         seconds = time_runs(runs, settings.device, quick=settings.quick) if arm.timed else [first]
-        if arm.timed:  # fewer cores than threads: something else ran on the machine
-            result["cores"] = (time.process_time() - processor) / (time.perf_counter() - wall)
+        if arm.timed and others is not None:
+            result["other_cores"] = max(0.0, _seconds_of_others() - others) / (time.perf_counter() - wall)
         result |= {"outcome": "ok", "seconds": _summary(seconds)}
     except (importlib.metadata.PackageNotFoundError, ImportError) as error:
         result |= {"outcome": "not installed", "detail": _one_line(error)}

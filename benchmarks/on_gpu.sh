@@ -15,8 +15,9 @@ OUT=${OUT:-outputs/gpu}
 
 prepare() {
   mkdir -p "$OUT"
-  "$PYTHON" -c 'import sami_fast._C, sami_fast.kernels.launch' 2>>"$OUT/install.log" && return
-  if "$PYTHON" -m pip install --no-deps --no-index --no-build-isolation --editable . >>"$OUT/install.log" 2>&1; then
+  "$PYTHON" -c 'import sami_fast._C as C, sami_fast.kernels.launch; assert C.cuda_version(), "built without nvcc"' \
+    2>>"$OUT/install.log" && return
+  if SAMI_FAST_CUDA=ON "$PYTHON" -m pip install --no-deps --no-index --no-build-isolation --editable . >>"$OUT/install.log" 2>&1; then
     return
   fi
   tail -n 5 "$OUT/install.log" >&2

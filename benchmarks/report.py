@@ -8,6 +8,8 @@ from typing import Any
 
 from benchmarks.suite import GB, PASSES
 
+_NOT_HERE = ("not installed", "unsupported")
+
 
 def table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row for each arm on each case and pass."""
@@ -79,9 +81,9 @@ def caption(record: Mapping[str, Any]) -> str:
         for dtype, c in record["ceilings"].items()
     )
     commit = f"commit {where['commit']}{' with changes' if where['uncommitted_changes'] else ''}"
-    cores = [result["cores"] for result in record["results"] if "cores" in result]
-    if settings["device"] == "cpu" and cores and min(cores) < 0.8 * settings["threads"]:
-        device += f" (busy with other work: {min(cores):.1f} cores' time at worst)"
+    others = max((result.get("other_cores", 0.0) for result in record["results"]), default=0.0)
+    if settings["device"] == "cpu" and others > 0.2:
+        device += f" (beside other work: up to {others:.1f} cores' time)"
     return (
         f"{record['title']}. {device}; {versions}; {commit}, {where['date']}. "
         f"Times are the {record['statistic']} of the runs. Ceilings measured in the same run: {ceilings}."
@@ -89,13 +91,21 @@ def caption(record: Mapping[str, Any]) -> str:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The table and its caption."""
-    run = {result["case"] for result in record["results"] if result["outcome"] != "over budget"}
-    left_out = [case for case in dict.fromkeys(result["case"] for result in record["results"]) if case not in run]
-    headings, rows = table(dict(record) | {"results": [r for r in record["results"] if r["case"] in run]})
-    lines = [headings, ["---"] * len(headings), *rows]
-    note = f" Not run within the time budget: {', '.join(left_out)}." if left_out else ""
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{caption(record)}{note}"
+    """The table, without the arms that cannot run here and without empty columns, and its caption."""
+    results = record["results"]
+    run = {result["case"] for result in results if result["outcome"] != "over budget"}
+    shown = [r for r in results if r["case"] in run and r["outcome"] not in _NOT_HERE]
+    headings, rows = table(dict(record) | {"results": shown})
+    columns = [index for index in range(len(headings)) if any(row[index] for row in rows)]
+    lines = [[line[index] for index in columns] for line in (headings, ["---"] * len(headings), *rows)]
+    notes = [caption(record)]
+    if left_out := [case for case in dict.fromkeys(r["case"] for r in results) if case not in run]:
+        notes.append(f"Not run within the time budget: {', '.join(left_out)}.")
+    for outcome in _NOT_HERE:
+        absent = dict.fromkeys(r["arm"] for r in results if r["outcome"] == outcome)
+        if absent := [arm for arm in absent if all(r["arm"] != arm for r in shown)]:
+            notes.append(f"{outcome.capitalize()} here: {', '.join(absent)}.")
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{' '.join(notes)}"
 
 
 def print_table(record: Mapping[str, Any]) -> None:

@@ -127,6 +127,9 @@ def test_outcomes_and_record(tmp_path):
     document = "before <!-- benchmark:toy-cpu -->\nold\n<!-- /benchmark --> after"
     filled = tables.fill(document, tmp_path)
     assert "| small | forward | wrong | wrong |" in filled and "old" not in filled
+    assert "Not installed here: absent." in filled and "| absent |" not in filled
+    busy = record | {"results": [result | {"other_cores": 1.3} for result in record["results"]]}
+    assert "up to 1.3 cores' time" in report.markdown(busy) and results["ours"]["other_cores"] >= 0
     assert tables.fill(filled, tmp_path) == filled
     for broken_document in (document.replace("toy-cpu", "missing"), document.replace("<!-- /benchmark -->", "")):
         with pytest.raises(ValueError, match="marker"):

@@ -107,6 +107,8 @@ class Suite:
         limits: dtype -> name of a number -> largest relative error (Euclidean norm).
         isolated: measure every arm in a process of its own, so that its peak memory and its failures are its own.
         statistic: "median" or "best": which of the runs rates and ratios are made of.
+        rounds: how often the arms are timed in turn, of which each arm's fastest round counts: cores that change their
+            speed while the arms run would decide between short ones. Not with `isolated`.
         input_sets: inputs to rotate among while timing, so that small ones do not stay in the cache.
         annotate: gets the results of one case and pass and may add to their facts.
     """
@@ -118,6 +120,7 @@ class Suite:
     limits: Mapping[str, Mapping[str, float]]
     isolated: bool = False
     statistic: str = "median"
+    rounds: int = 1
     input_sets: int = 1
     annotate: Callable[[list[dict]], None] | None = None
     arms: list[Arm] = field(default_factory=list)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,25 @@ def test_some_cases_make_a_record_of_another_name():
     assert record_name(record) == "toy-small-cpu"
     with pytest.raises(ValueError, match="expected at least one case"):
         run_suite(TOY, replace(SETTINGS, only="medium"))
+
+
+def test_of_several_rounds_the_fastest_counts():
+    prepared = []
+
+    def first_slow(x, backward):
+        prepared.append(backward)
+        wait = 0.004 if prepared.count(backward) == 1 else 0.0
+        return _sums(x, work=lambda: time.sleep(wait))
+
+    suite = replace(
+        TOY, rounds=2, input_sets=1, arms=[Arm("ours", "sami-fast", ours, ours=True), Arm("slow", "torch", first_slow)]
+    )
+    record = run_suite(suite, replace(SETTINGS, quick=False, only="small"))
+    assert len(prepared) == 2 * len(PASSES)
+    for result in record["results"]:
+        assert result["outcome"] == "ok" and result["seconds"]["median"] < 0.004
+        floor = result["bytes"] / record["ceilings"]["float32"]["bytes_per_second"]
+        assert result["share_of_ceiling"] == pytest.approx(floor / result["seconds"]["median"])  # made anew
 
 
 def test_outcomes_and_record(tmp_path):

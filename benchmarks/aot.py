@@ -276,14 +276,9 @@ def _spilled(log: str) -> int:
 def _check_extension(case: ExtensionCase) -> list[Report]:
     """Every kernel of a source, compiled as CMakeLists.txt has it."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-DSAMI_FAST_WITH_CUDA", "-Xptxas", "-v"]
-        command += [
-            f"-arch=sm_{case.architecture}",
-            "-cubin",
-            "-o",
-            f"{folder}/kernels.cubin",
-            str(ROOT / "csrc" / case.source),
-        ]
+        options = "-std=c++17 -O3 -DNDEBUG -DSAMI_FAST_WITH_CUDA -Xptxas -v -cubin".split()
+        command = ["nvcc", *options, f"-arch=sm_{case.architecture}", "-o", f"{folder}/kernels.cubin"]
+        command.append(str(ROOT / "csrc" / case.source))
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{case}: {done.stderr}")
@@ -294,7 +289,8 @@ def _read_ptxas(case: ExtensionCase, log: str) -> list[Report]:
     """A report for each kernel that ptxas speaks of."""
     reports = []
     for name, said in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", log, re.DOTALL):
-        kernel, arguments = re.search(r"\d([a-z][a-z_]*)_kernel(\w*?)EEv", name).groups()  # _ZN...I<arguments>EEv...
+        # _ZN...<name>_kernelI<arguments>EEv..., or _ZN...<name>_kernelE... of one that is no template
+        kernel, arguments = re.search(r"\d([a-z][a-z_]*)_kernel(?:I(\w*?)EEv|E)", name).groups(default="")
         shared = re.search(r"(\d+) bytes smem", said)
         report = Report(
             case=case,

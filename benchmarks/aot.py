@@ -276,7 +276,7 @@ def _spilled(log: str) -> int:
 def _check_extension(case: ExtensionCase) -> list[Report]:
     """Every kernel of a source, compiled as CMakeLists.txt has it."""
     with tempfile.TemporaryDirectory() as folder:
-        options = "-std=c++17 -O3 -DNDEBUG -DSAMI_FAST_WITH_CUDA -Xptxas -v -cubin".split()
+        options = ["-std=c++17", "-O3", "-DNDEBUG", "-DSAMI_FAST_WITH_CUDA", "-Xptxas", "-v", "-cubin"]
         command = ["nvcc", *options, f"-arch=sm_{case.architecture}", "-o", f"{folder}/kernels.cubin"]
         command.append(str(ROOT / "csrc" / case.source))
         done = subprocess.run(command, capture_output=True, text=True)

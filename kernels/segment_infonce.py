@@ -112,6 +112,16 @@ def _store_results(loss, metrics, group, C, R, rows, columns, row_hits, column_h
 
 
 @triton.jit
+def _pairs(offsets, first_cell, c, C, r, R):
+    """Of prompts c with responses r [BLOCK_C, BLOCK_R]: whether there is such a pair, its number, its tokens."""
+    inside = (c < C)[:, None] & (r < R)[None, :]
+    cell = first_cell + c[:, None] * R + r[None, :]
+    begin = tl.load(offsets + cell, mask=inside, other=0)
+    length = (tl.load(offsets + cell + 1, mask=inside, other=0) - begin).to(tl.int32)
+    return inside, cell, begin, length
+
+
+@triton.jit
 def _segment_infonce_forward_kernel(
     token_logprobs, offsets, table, positives, loss, matrix, metrics, grad_pairs,
     MEAN: tl.constexpr, NEWTON: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -124,10 +134,7 @@ def _segment_infonce_forward_kernel(
     first_response = tl.load(table + 4 * group + 3)
     c = tl.arange(0, BLOCK_C)
     r = tl.arange(0, BLOCK_R)
-    inside = (c < C)[:, None] & (r < R)[None, :]
-    cell = first_cell + c[:, None] * R + r[None, :]
-    begin = tl.load(offsets + cell, mask=inside, other=0)
-    length = (tl.load(offsets + cell + 1, mask=inside, other=0) - begin).to(tl.int32)
+    inside, cell, begin, length = _pairs(offsets, first_cell, c, C, r, R)
     score = _scores(token_logprobs, begin, length, MEAN, NEWTON, BLOCK_C, BLOCK_R, BLOCK_T)
     tl.store(matrix + cell, score, mask=inside)
 
@@ -167,10 +174,7 @@ def _segment_infonce_strips_kernel(
     count = tl.zeros([BLOCK_R], tl.float32)
     for low in range(0, C, BLOCK_C):
         c = low + tl.arange(0, BLOCK_C)
-        inside = (c < C)[:, None] & (r < R)[None, :]
-        cell = first_cell + c[:, None] * R + r[None, :]
-        begin = tl.load(offsets + cell, mask=inside, other=0)
-        length = (tl.load(offsets + cell + 1, mask=inside, other=0) - begin).to(tl.int32)
+        inside, cell, begin, length = _pairs(offsets, first_cell, c, C, r, R)
         score = _scores(token_logprobs, begin, length, MEAN, NEWTON, BLOCK_C, BLOCK_R, BLOCK_T)
         tl.store(matrix + cell, score, mask=inside)
         positive = inside & (c[:, None] == owner[None, :]) & (length > 0)
@@ -191,10 +195,7 @@ def _segment_infonce_strips_kernel(
     row_hits = 0.0
     for low in range(0, C, BLOCK_C):
         c = low + tl.arange(0, BLOCK_C)
-        inside = (c < C)[:, None] & (r < R)[None, :]
-        cell = first_cell + c[:, None] * R + r[None, :]
-        begin = tl.load(offsets + cell, mask=inside, other=0)
-        length = (tl.load(offsets + cell + 1, mask=inside, other=0) - begin).to(tl.int32)
+        inside, cell, begin, length = _pairs(offsets, first_cell, c, C, r, R)
         score = tl.load(matrix + cell, mask=inside, other=float("-inf"))
         positive = inside & (c[:, None] == owner[None, :]) & (length > 0)
         row_loss, row_hit, row_grad = _line(score, positive, c < C, 1)

@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from graph_replay import assert_replays
 from tolerance import assert_exact
 from torch.autograd import forward_ad
 
@@ -184,18 +185,7 @@ class TestOnGpu:
             loss = segment_infonce(moved, offsets, shapes, positives, backend=backend)[0]
             return loss, torch.autograd.grad(loss.sum(), moved)[0]
 
-        expected = both()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            both()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = both()
-        graph.replay()
-        for a, e in zip(captured, expected, strict=True):
-            assert a.equal(e)
+        assert_replays(both)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

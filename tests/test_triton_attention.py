@@ -16,6 +16,7 @@ import pytest
 import torch
 from factory import AWKWARD_LENGTHS, qkv, random_group
 from factory import groups as random_groups
+from graph_replay import assert_replays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as, assert_exact
@@ -428,19 +429,7 @@ class TestOnGpu:
 
             return both
 
-        both = step(tldr(rng))
-        expected = both()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            both()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = both()
-        graph.replay()
-        for a, e in zip(captured, expected, strict=True):
-            assert a.equal(e)
+        assert_replays(step(tldr(rng)))
         kernels_of = (kernels._forward_kernel, kernels._grad_q_kernel, kernels._grad_kv_kernel)
         before = [sum(len(c[0]) for c in kernel.device_caches.values()) for kernel in kernels_of]
         for size in (2, 3, 5):

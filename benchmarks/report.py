@@ -101,10 +101,10 @@ def markdown(record: Mapping[str, Any]) -> str:
     notes = [caption(record)]
     if left_out := [case for case in dict.fromkeys(r["case"] for r in results) if case not in run]:
         notes.append(f"Not run within the time budget: {', '.join(left_out)}.")
-    for outcome in _NOT_HERE:
-        absent = dict.fromkeys(r["arm"] for r in results if r["outcome"] == outcome)
+    for reason in _NOT_HERE:
+        absent = dict.fromkeys(r["arm"] for r in results if r["outcome"] == reason)
         if absent := [arm for arm in absent if all(r["arm"] != arm for r in shown)]:
-            notes.append(f"{outcome.capitalize()} here: {', '.join(absent)}.")
+            notes.append(f"{reason.capitalize()} here: {', '.join(absent)}.")
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{' '.join(notes)}"
 
 

@@ -46,8 +46,9 @@ def liger_options(given: dict[str, Any] | None) -> dict[str, Any]:
     """
     given = given or {}
     for name in _NOT_OF_LIGER:
-        if given.get(name):
-            raise ValueError(f"liger_kernel_config: expected no {name}, as it takes the place of the scored head")
+        if value := given.get(name):
+            what = f"expected no {name}, as it takes the place of the scored head, got {value!r}"
+            raise ValueError(f"liger_kernel_config: {what}")
     return dict.fromkeys(_NOT_OF_LIGER, False) | given
 
 

@@ -58,9 +58,8 @@ def backends() -> dict[str, str]:
         if backend == "triton" and not HAS_TRITON:
             report[backend] = "unavailable: triton is not installed"
         elif backend == "cuda" and "cuda" not in EXTENSION_DEVICES:
-            missing = "C++ compiler" if not EXTENSION_DEVICES else "nvcc"
-            what = "was not built" if not EXTENSION_DEVICES else "holds its host code alone"
-            report[backend] = f"unavailable: sami_fast._C {what} (no {missing} when sami_fast was installed)"
+            what = "holds its host code alone (no nvcc" if EXTENSION_DEVICES else "was not built (no C++ compiler"
+            report[backend] = f"unavailable: sami_fast._C {what}, or not asked for, when sami_fast was installed)"
         elif backend == "flash" and not importlib.import_module("sami_fast.kernels.flash_attention").installed():
             report[backend] = "unavailable: flash-attn is not installed (pip install flash-attn --no-build-isolation)"
         elif backend != "reference" and not torch.cuda.is_available():

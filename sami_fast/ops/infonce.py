@@ -175,7 +175,7 @@ def segment_infonce(
     eager = not compiling and type(token_logprobs) is torch.Tensor and device.type != "meta"
     inputs = (token_logprobs, offsets, groups.shapes, groups.table, positives, normalize)
     differentiated = torch.is_grad_enabled() and token_logprobs.requires_grad
-    if eager and not differentiated and unpack_dual(token_logprobs).tangent is None:
+    if eager and not differentiated and unpack_dual(token_logprobs).tangent is None:  # autograd refuses a tangent
         return run("segment_infonce", "forward", name, inputs)[:3]
     op = _EagerSegmentInfonce.apply if eager else _segment_infonce
     return op(*inputs, name)[:3]
